@@ -44,7 +44,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, by Paddle's fused kernel (fp32 on a CPU, any float on a GPU)."""
-    return paddle.incubate.nn.functional.swiglu(gate, up)
+    return F.swiglu(gate, up)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
