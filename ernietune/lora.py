@@ -140,7 +140,9 @@ def inject(model: nn.Layer, spec: LoraSpec) -> list[str]:
         and not any(_matches(name, path) for name in spec.exclude)
     ]
     if not chosen:
-        raise ConfigError("lora.exclude takes away every layer that lora.targets names; nothing would be trained")
+        raise ConfigError(
+            "lora.exclude takes away every layer that lora.targets names; nothing would be trained"
+        )
     for path in chosen:
         wrapped = LoRALinear if isinstance(layers[path], Linear) else LoRAExperts
         _replace(model, path, wrapped(layers[path], spec))
@@ -193,7 +195,8 @@ def unfreeze(model: nn.Layer, groups: tuple[str, ...]) -> None:
         touched = [
             parameter
             for path, parameter in model.named_parameters()
-            if (name == "all" and not re.fullmatch(TABLE_GROUPS["router"], path)) or re.fullmatch(pattern, path)
+            if (name == "all" and not re.fullmatch(TABLE_GROUPS["router"], path))
+            or re.fullmatch(pattern, path)
         ]
         if not touched:
             raise ConfigError(

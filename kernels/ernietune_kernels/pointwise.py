@@ -10,7 +10,6 @@ from paddle import Tensor
 from paddle.autograd import PyLayer
 
 
-
 class _RMSNorm(PyLayer):
     """Saves x and one scale per row; Paddle's own graph keeps five row-by-width tensors and takes twice the time."""
 
@@ -79,5 +78,3 @@ def apply_rope(x_THd: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     if x_THd.stop_gradient:
         return _rotate(x_THd, cos_TF, sin_TF)
     return _Rope.apply(x_THd, cos_TF, sin_TF)
-
-

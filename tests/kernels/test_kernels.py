@@ -52,7 +52,9 @@ def test_rope_rotates_and_its_gradient_rotates_back():
     angles = np.random.default_rng(1).uniform(0, 100, (5, 8)).astype(np.float32)
     cos, sin = paddle.to_tensor(np.cos(angles)), paddle.to_tensor(np.sin(angles))
     check(
-        lambda x: kernels.apply_rope(x, cos, sin), lambda x: reference.apply_rope(x, cos, sin), [random(5, 3, 16)]
+        lambda x: kernels.apply_rope(x, cos, sin),
+        lambda x: reference.apply_rope(x, cos, sin),
+        [random(5, 3, 16)],
     )
 
 
@@ -86,7 +88,10 @@ def test_expert_views_share_memory():
 
 
 def test_permute_sorts_by_expert_and_unpermute_brings_back():
-    x, experts = random(6, 4, trainable=False), paddle.to_tensor([[2, 0], [1, 2], [0, 2], [2, 1], [0, 1], [2, 0]])
+    x, experts = (
+        random(6, 4, trainable=False),
+        paddle.to_tensor([[2, 0], [1, 2], [0, 2], [2, 1], [0, 1], [2, 0]]),
+    )
     rows, plan = kernels.permute(x, experts, 4)
     assert plan.counts == [4, 3, 5, 0]
     flat = experts.numpy().reshape(-1)
@@ -170,9 +175,7 @@ def test_attention_over_documents(monkeypatch, name, block, frozen):
 def test_attention_of_new_tokens_over_a_longer_past(queries):
     q, k, v = random(queries, 4, 8), random(9, 2, 8, seed=1), random(9, 2, 8, seed=2)
     allowed = paddle.to_tensor(visible(np.full(9, 9), queries))
-    close(
-        kernels.attention(q, k, v, kernels.causal_plan(queries, 9)), reference.attention(q, k, v, allowed)
-    )
+    close(kernels.attention(q, k, v, kernels.causal_plan(queries, 9)), reference.attention(q, k, v, allowed))
 
 
 @pytest.mark.parametrize("elements", [1 << 24, 40, 10])
