@@ -15,7 +15,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".pdpa
 
 
 def side_files(folder: Path) -> list[Path]:
-    """Return config, tokenizer, template and other files of a model folder: all but weights and hidden files."""
+    """Return config, tokenizer, template and other files of a folder: all but weights and hidden files."""
     files = (path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith("."))
     return [path for path in files if not path.name.endswith(_WEIGHT_SUFFIXES)]
 

@@ -24,7 +24,6 @@ from ernietune.checkpoint.names import (
     table,
 )
 from ernietune.checkpoint.safetensors import Reader, TensorInfo, Writer, write_json
-from ernietune.errors import CheckpointError
 from ernietune.models.config import ModelConfig
 from ernietune.models.decoder import CausalLM
 
@@ -35,8 +34,8 @@ _STORED_AS = {paddle.float32: "F32", paddle.bfloat16: "BF16", paddle.float16: "F
 def load_model(folder: str | Path, dtype: str | None = None, config: ModelConfig | None = None) -> CausalLM:
     """Build the model of a checkpoint folder and fill it; routers and correction biases stay fp32.
 
-    `dtype` None is float32 on a CPU and bfloat16 on a GPU. `config` replaces the folder's own, for checkpoints
-    whose media token ids come from the tokenizer. CheckpointError lists everything that does not fit.
+    `dtype` None is float32 on a CPU and bfloat16 on a GPU. `config` replaces the folder's own, for
+    checkpoints whose media token ids come from the tokenizer. CheckpointError lists all that does not fit.
     """
     reader = Reader(folder)
     config = config or ModelConfig.from_folder(folder)
@@ -59,7 +58,9 @@ def stored_entries(reader: Reader, config: ModelConfig) -> list[DiskTensor]:
 
 
 def _compare_tied_head(reader: Reader, head: str) -> None:
-    embedding = next(name for name in ("model.embed_tokens.weight", "ernie.embed_tokens.weight") if name in reader)
+    embedding = next(
+        name for name in ("model.embed_tokens.weight", "ernie.embed_tokens.weight") if name in reader
+    )
     step = 1 << 24
     one, other = reader.raw(head), reader.raw(embedding)
     same = one.size == other.size and all(
@@ -121,8 +122,9 @@ def save_model(
     """Write the whole model as a new checkpoint folder, streaming.
 
     With `like`, names, layout, dtypes, pass-through tensors and side files are those of that source folder.
-    Without, `config_raw` becomes config.json and the tensors are named by `layout` ("pt" or "paddle") and stored
-    as `dtype`, routers and correction biases as F32. CheckpointError when the folder is not empty or the disk full.
+    Without, `config_raw` becomes config.json and the tensors are named by `layout` ("pt" or "paddle") and
+    stored as `dtype`, routers and correction biases as F32. CheckpointError when the folder is not empty or
+    the disk is full.
     """
     assert (like is None) != (config_raw is None), "give either a source folder or the content of config.json"
     source = Reader(like) if like is not None else None
@@ -169,8 +171,3 @@ def _encoded(tensor: Any, index: int | None, dtype: str) -> Array:
     numbers: Array = (tensor if index is None else tensor[index]).numpy()
     held = _STORED_AS[tensor.dtype]
     return numbers if held == dtype else from_float32(to_float32(numbers, held), dtype)
-
-
-def weight_dtype_error(name: str, dtype: str) -> CheckpointError:
-    """Return the error for a weight that is stored in a dtype we do not write."""
-    return CheckpointError(f"tensor {name} is stored as {dtype}; only F32, F16 and BF16 weights can be changed")
