@@ -23,7 +23,7 @@ LIMITS = ImageLimits(min_pixels=3136, max_pixels=50176)
 
 
 class LetterTemplate:
-    """begin, then per message its letters (a picture: start, placeholders, end); answers end in a stop label."""
+    """begin, then the letters (a picture: start, placeholders, end); an answer ends in a stop label."""
 
     def render(self, conversation: Conversation, image_tokens: Sequence[int], **options: Any) -> Rendered:
         ids, labels, media = [BEGIN], [IGNORE], []
