@@ -1,0 +1,92 @@
+"""The mixture of experts: one pool per modality, shared experts for all tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import paddle
+from ernietune_kernels import permute, route, swiglu, unpermute
+from paddle import Tensor, nn
+
+from ernietune.models.config import ExpertPoolConfig, ModelConfig
+from ernietune.models.layers import ExpertLinear, SwiGLU, parameter
+
+
+@dataclass(frozen=True)
+class ModalitySplit:
+    """Which tokens go to which pool, worked out once per batch.
+
+    `text` and `vision` are int64 indices into T; `restore` puts [text rows | vision rows] back in token order.
+    """
+
+    text: Tensor
+    vision: Tensor
+    restore: Tensor
+
+    @staticmethod
+    def of(is_vision_T: Tensor) -> ModalitySplit | None:
+        """None when all tokens are text: then nothing has to be gathered."""
+        vision = paddle.nonzero(is_vision_T).reshape([-1])
+        if vision.shape[0] == 0:
+            return None
+        text = paddle.nonzero(paddle.logical_not(is_vision_T)).reshape([-1])
+        return ModalitySplit(text, vision, paddle.argsort(paddle.concat([text, vision])))
+
+
+class Router(nn.Layer):
+    """Softmax router in fp32; the correction bias decides which experts are selected, never their weights."""
+
+    def __init__(self, width: int, experts: int, chosen: int) -> None:
+        super().__init__()
+        self.chosen = chosen
+        self.weight = parameter([experts, width], "float32")
+        self.register_buffer("correction_bias", paddle.zeros([experts], "float32"))
+
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """(weights [N, k] that sum to one, experts [N, k])."""
+        logits = paddle.matmul(x_ND.astype("float32"), self.weight, transpose_y=True)
+        return route(logits, self.correction_bias, self.chosen)
+
+
+class ExpertPool(nn.Layer):
+    """The routed experts of one modality."""
+
+    def __init__(self, width: int, pool: ExpertPoolConfig, chosen: int, dtype: str) -> None:
+        super().__init__()
+        self.count = pool.count
+        self.router = Router(width, pool.count, chosen)
+        self.gate_proj = ExpertLinear(pool.count, width, pool.intermediate_size, dtype)
+        self.up_proj = ExpertLinear(pool.count, width, pool.intermediate_size, dtype)
+        self.down_proj = ExpertLinear(pool.count, pool.intermediate_size, width, dtype)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Each row through its k experts, added by routing weight; drop-free."""
+        weights, experts = self.router(x_ND)
+        rows, plan = permute(x_ND, experts, self.count)
+        inner = swiglu(self.gate_proj(rows, plan.counts), self.up_proj(rows, plan.counts))
+        return unpermute(self.down_proj(inner, plan.counts), weights, plan)
+
+
+class MoE(nn.Layer):
+    """Routed experts by modality plus the shared experts (one unscaled MLP for every token)."""
+
+    def __init__(self, config: ModelConfig, dtype: str) -> None:
+        super().__init__()
+        pools = [ExpertPool(config.hidden_size, pool, config.moe_k, dtype) for pool in config.pools]
+        self.text_experts = pools[0]
+        self.vision_experts = pools[1] if len(pools) > 1 else None
+        inner = config.shared_intermediate_size
+        self.shared_experts = SwiGLU(config.hidden_size, inner, dtype) if inner else None
+
+    def forward(self, x_TD: Tensor, split: ModalitySplit | None) -> Tensor:
+        routed = self._routed(x_TD, split)
+        return routed if self.shared_experts is None else routed + self.shared_experts(x_TD)
+
+    def _routed(self, x_TD: Tensor, split: ModalitySplit | None) -> Tensor:
+        if split is None or self.vision_experts is None:
+            return self.text_experts(x_TD)
+        vision = self.vision_experts(paddle.gather(x_TD, split.vision))
+        if split.text.shape[0] == 0:
+            return vision
+        text = self.text_experts(paddle.gather(x_TD, split.text))
+        return paddle.gather(paddle.concat([text, vision]), split.restore)

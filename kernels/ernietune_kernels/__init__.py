@@ -1,0 +1,28 @@
+"""Operations of the models, each with one signature whatever the device.
+
+`reference` holds the plain Paddle form of every operation: the truth the tests compare with. What is exported
+here is what the models call; it is chosen by the tensors' place in one spot per operation.
+"""
+
+from ernietune_kernels.attention import AttentionPlan, attention, causal_plan, frame_attention
+from ernietune_kernels.cross_entropy import linear_cross_entropy
+from ernietune_kernels.grouped_gemm import grouped_linear
+from ernietune_kernels.pointwise import apply_rope, quick_gelu, rms_norm, swiglu
+from ernietune_kernels.routing import Permutation, permute, route, unpermute
+
+__all__ = [
+    "AttentionPlan",
+    "Permutation",
+    "apply_rope",
+    "attention",
+    "causal_plan",
+    "frame_attention",
+    "grouped_linear",
+    "linear_cross_entropy",
+    "permute",
+    "quick_gelu",
+    "rms_norm",
+    "route",
+    "swiglu",
+    "unpermute",
+]

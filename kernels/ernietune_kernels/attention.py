@@ -1,0 +1,227 @@
+"""Grouped-query attention over packed documents, in blocks of queries.
+
+A key j is visible to the query i when j <= i < until[j] (both counted over all keys), which covers packed samples
+(until = the sample's end) and shared-prompt pairs alike. On a GPU this is FlashMask; on a CPU each block of queries
+meets only the keys between the first one it may see and its own last row, and only q, k, v and the output are kept
+for the backward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import Tensor
+from paddle.autograd import PyLayer
+
+QUERY_BLOCK = 128
+# Scores of one piece of frame attention: 2^24 fp32 values are 64 MiB.
+SCORE_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Queries [start, stop) against keys [low, high); `bias` [queries, keys] is 0 or -inf, None if all are visible."""
+
+    start: int
+    stop: int
+    low: int
+    high: int
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Who sees whom, worked out once per batch and shared by all layers."""
+
+    queries: int
+    keys: int
+    until: Tensor | None  # int32 [keys], kept for FlashMask
+    blocks: tuple[_Block, ...]
+
+
+def _block(start: int, stop: int, offset: int, until: np.ndarray) -> _Block:
+    rows = np.arange(start, stop) + offset
+    high = int(rows[-1]) + 1
+    visible_to_first = np.flatnonzero(until[:high] > rows[0])
+    low = int(visible_to_first[0]) if visible_to_first.size else int(rows[0])
+    columns = np.arange(low, high)
+    allowed = (columns <= rows[:, None]) & (rows[:, None] < until[low:high])
+    bias = None if allowed.all() else paddle.to_tensor(np.where(allowed, 0.0, -np.inf).astype(np.float32))
+    return _Block(start, stop, low, high, bias)
+
+
+@lru_cache(maxsize=8)
+def _plain_plan(queries: int, keys: int) -> AttentionPlan:
+    return _plan(queries, keys, np.full(keys, keys), None)
+
+
+def _plan(queries: int, keys: int, until: np.ndarray, on_device: Tensor | None) -> AttentionPlan:
+    starts = range(0, queries, QUERY_BLOCK)
+    offset = keys - queries
+    blocks = tuple(_block(s, min(s + QUERY_BLOCK, queries), offset, until) for s in starts)
+    return AttentionPlan(queries, keys, on_device, blocks)
+
+
+def causal_plan(queries: int, keys: int, until: Tensor | None = None) -> AttentionPlan:
+    """The plan for the last `queries` of `keys` positions; `until` [keys] defaults to "seen by all that follow"."""
+    if until is None:
+        return _plain_plan(queries, keys)
+    return _plan(queries, keys, until.numpy(), until.astype("int32"))
+
+
+def _softmax_block(q: Tensor, k: Tensor, block: _Block, repeat: int) -> Tensor:
+    """Attention weights [K, repeat * queries, keys] of one block; q is already scaled."""
+    scores = paddle.matmul(q, k, transpose_y=True).astype("float32")
+    if block.bias is not None:
+        rows, columns = block.bias.shape
+        shape = scores.shape
+        scores = (scores.reshape([-1, repeat, rows, columns]) + block.bias).reshape(shape)
+    return F.softmax(scores).astype(q.dtype)
+
+
+def _heads_first(x_TKd: Tensor) -> Tensor:
+    return x_TKd.transpose([1, 0, 2]).contiguous()
+
+
+def _rows(x_KRTd: Tensor, block: _Block) -> Tensor:
+    """The block's queries of all heads of a group, one under the other: [K, repeat * queries, d]."""
+    groups, _, _, width = x_KRTd.shape
+    return x_KRTd[:, :, block.start : block.stop].reshape([groups, -1, width])
+
+
+def _grouped(x_THd: Tensor, groups: int) -> Tensor:
+    tokens, heads, width = x_THd.shape
+    return x_THd.reshape([tokens, groups, heads // groups, width]).transpose([1, 2, 0, 3]).contiguous()
+
+
+def _ungrouped(pieces: list[Tensor], groups: int, repeat: int) -> Tensor:
+    """The inverse of `_rows` and `_grouped`: [T, H, d] from the blocks' [K, repeat * queries, d]."""
+    width = pieces[0].shape[-1]
+    whole = paddle.concat([p.reshape([groups, repeat, -1, width]) for p in pieces], axis=2)
+    return whole.transpose([2, 0, 1, 3]).reshape([-1, groups * repeat, width])
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    groups, repeat = k.shape[1], q.shape[1] // k.shape[1]
+    queries, keys, values = _grouped(q * q.shape[-1] ** -0.5, groups), _heads_first(k), _heads_first(v)
+    pieces = []
+    for block in plan.blocks:
+        span = slice(block.low, block.high)
+        weights = _softmax_block(_rows(queries, block), keys[:, span], block, repeat)
+        pieces.append(paddle.matmul(weights, values[:, span]))
+    return _ungrouped(pieces, groups, repeat)
+
+
+class _BlockAttention(PyLayer):
+    """Keeps q, k, v and the output; the weights of a block are computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+        output = _forward(q, k, v, plan)
+        ctx.plan = plan
+        ctx.save_for_backward(q, k, v, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        q, k, v, output = ctx.saved_tensor()
+        groups, repeat = k.shape[1], q.shape[1] // k.shape[1]
+        scale = q.shape[-1] ** -0.5
+        queries, keys, values = _grouped(q * scale, groups), _heads_first(k), _heads_first(v)
+        gradient = _grouped(grad, groups)
+        # Row sums of P * dP equal the row sums of O * dO, which need no weights.
+        inner = (gradient * _grouped(output, groups)).sum(-1, keepdim=True)
+        grad_k, grad_v = paddle.zeros_like(keys), paddle.zeros_like(values)
+        pieces = []
+        for block in ctx.plan.blocks:
+            span = slice(block.low, block.high)
+            rows, keys_b = _rows(queries, block), keys[:, span]
+            weights = _softmax_block(rows, keys_b, block, repeat)
+            out_grad = _rows(gradient, block)
+            scores = weights * (
+                paddle.matmul(out_grad, values[:, span], transpose_y=True) - _rows(inner, block)
+            )
+            grad_v[:, span] = grad_v[:, span] + paddle.matmul(weights, out_grad, transpose_x=True)
+            grad_k[:, span] = grad_k[:, span] + paddle.matmul(scores, rows, transpose_x=True)
+            pieces.append(paddle.matmul(scores, keys_b) * scale)
+        back = [_ungrouped(pieces, groups, repeat), grad_k.transpose([1, 0, 2]), grad_v.transpose([1, 0, 2])]
+        return tuple(None if x.stop_gradient else g for x, g in zip((q, k, v), back, strict=True))
+
+
+def _flash_mask(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    until = None if plan.until is None else plan.until.reshape([1, 1, -1, 1])
+    output = F.flashmask_attention(
+        q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), startend_row_indices=until, causal=True
+    )
+    return output.squeeze(0)
+
+
+def attention(q_THd: Tensor, k_SKd: Tensor, v_SKd: Tensor, plan: AttentionPlan) -> Tensor:
+    """Causal attention [T, H, d] of T queries over S keys with the visibility of `plan`; softmax in fp32."""
+    if q_THd.place.is_gpu_place() and plan.queries == plan.keys:
+        return _flash_mask(q_THd, k_SKd, v_SKd, plan)
+    if not paddle.is_grad_enabled() or (q_THd.stop_gradient and k_SKd.stop_gradient and v_SKd.stop_gradient):
+        return _forward(q_THd, k_SKd, v_SKd, plan)
+    return _BlockAttention.apply(q_THd, k_SKd, v_SKd, plan)
+
+
+def frame_attention(q_PHd: Tensor, k_PHd: Tensor, v_PHd: Tensor, lengths: list[int]) -> Tensor:
+    """Bidirectional attention inside each frame; `lengths` are the frames' patch counts, in order.
+
+    Neighbouring frames of equal length are computed together, at most 64 MiB of scores at a time.
+    """
+    pieces, start = [], 0
+    for frames, length in _runs(lengths):
+        stop = start + frames * length
+        q, k, v = (_split_frames(x[start:stop], frames) for x in (q_PHd, k_PHd, v_PHd))
+        pieces.append(_join_frames(_dense(q * q.shape[-1] ** -0.5, k, v), frames))
+        start = stop
+    return paddle.concat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def _runs(lengths: list[int]) -> list[tuple[int, int]]:
+    """(number of frames, length) of the stretches of equal length."""
+    runs: list[tuple[int, int]] = []
+    for length in lengths:
+        if runs and runs[-1][1] == length:
+            runs[-1] = (runs[-1][0] + 1, length)
+        else:
+            runs.append((1, length))
+    return runs
+
+
+def _split_frames(x_PHd: Tensor, frames: int) -> Tensor:
+    _, heads, width = x_PHd.shape
+    return x_PHd.reshape([frames, -1, heads, width]).transpose([0, 2, 1, 3]).reshape([frames * heads, -1, width])
+
+
+def _join_frames(x: Tensor, frames: int) -> Tensor:
+    batch, length, width = x.shape
+    return x.reshape([frames, batch // frames, length, width]).transpose([0, 2, 1, 3]).reshape(
+        [frames * length, batch // frames, width]
+    )  # fmt: skip
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T) v of [batch, length, d] in pieces of the batch, and of the rows where one item is large."""
+    batch, length, _ = q.shape
+    step = max(1, SCORE_ELEMENTS // (length * length))
+    if step >= batch:
+        return _piece(q, k, v)
+    pieces = []
+    for start in range(0, batch, step):
+        item = slice(start, start + step)
+        rows = max(1, SCORE_ELEMENTS // (step * length))
+        parts = [_piece(q[item, r : r + rows], k[item], v[item]) for r in range(0, length, rows)]
+        pieces.append(paddle.concat(parts, axis=1) if len(parts) > 1 else parts[0])
+    return paddle.concat(pieces)
+
+
+def _piece(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = paddle.matmul(q, k, transpose_y=True).astype("float32")
+    return paddle.matmul(F.softmax(scores).astype(v.dtype), v)

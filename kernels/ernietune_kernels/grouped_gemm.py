@@ -1,0 +1,69 @@
+"""Products of expert blocks: rows sorted by expert, one weight matrix per block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import Tensor
+from paddle.autograd import PyLayer
+from paddle.utils import dlpack
+
+
+def expert_views(stack: Tensor) -> list[Tensor]:
+    """One tensor per expert that shares the stack's memory.
+
+    On a CPU `stack[e]` copies the matrix (strided views are off, see ernietune.environment), which costs as much as
+    a small product; the array protocol gives true views.
+    """
+    if stack.place.is_cpu_place():
+        array = np.from_dlpack(stack.detach())
+        return [dlpack.from_dlpack(array[e]) for e in range(array.shape[0])]
+    return [stack[e] for e in range(stack.shape[0])]
+
+
+def _blocks(counts: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(expert, first row, end row) of every expert that has rows."""
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            yield expert, start, start + count
+        start += count
+
+
+class _GroupedLinear(PyLayer):
+    """One node for all experts: Paddle's own graph would build and scatter a full weight gradient per expert."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int], views: list[Tensor]) -> Tensor:
+        ctx.counts, ctx.views = counts, views
+        ctx.save_for_backward(x, weight)
+        products = [paddle.matmul(x[a:b], views[e], transpose_y=True) for e, a, b in _blocks(counts)]
+        return paddle.concat(products) if products else paddle.zeros([0, weight.shape[1]], x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensor()
+        blocks = list(_blocks(ctx.counts))
+        grad_x = None
+        if not x.stop_gradient:
+            pieces = [paddle.matmul(grad[a:b], ctx.views[e]) for e, a, b in blocks]
+            grad_x = paddle.concat(pieces) if pieces else paddle.zeros_like(x)
+        grad_w = None
+        if not weight.stop_gradient:
+            per_expert = {e: paddle.matmul(grad[a:b], x[a:b], transpose_x=True) for e, a, b in blocks}
+            empty = paddle.zeros(weight.shape[1:], weight.dtype)
+            grad_w = paddle.stack([per_expert.get(e, empty) for e in range(weight.shape[0])])
+        return grad_x, grad_w
+
+
+def grouped_linear(
+    x_NI: Tensor, weight_EOI: Tensor, counts: list[int], views: list[Tensor] | None = None
+) -> Tensor:
+    """[N, O]: block e of the rows (counts[e] of them, sorted by expert) times weight[e] transposed.
+
+    `views` are the weight's `expert_views`, kept by the caller so that they are made once per weight.
+    """
+    return _GroupedLinear.apply(x_NI, weight_EOI, counts, views or expert_views(weight_EOI))
