@@ -87,7 +87,9 @@ class CausalLM(nn.Layer):
         self.vision_model = VisionTower(config.vision, dtype) if config.vision else None
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, dtype)
-        self.rotary = Rotary(config.head_dim, config.rope_theta, config.freq_allocation if config.vision else 0)
+        self.rotary = Rotary(
+            config.head_dim, config.rope_theta, config.freq_allocation if config.vision else 0
+        )
 
     @property
     def head_weight(self) -> Tensor:

@@ -30,7 +30,7 @@ def _softmax_chunk(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tens
 def _logit_gradient(probabilities: Tensor, labels: Tensor) -> Tensor:
     """d nll / d logits = probabilities minus one at the label; overwrites its argument."""
     minus_one = paddle.full([labels.shape[0], 1], -1.0, "float32")
-    return paddle.put_along_axis_(probabilities, labels.unsqueeze(1), minus_one, 1, reduce="add")
+    return probabilities.put_along_axis_(labels.unsqueeze(1), minus_one, 1, reduce="add")
 
 
 class _LinearCrossEntropy(PyLayer):

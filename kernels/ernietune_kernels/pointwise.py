@@ -10,7 +10,6 @@ from paddle import Tensor
 from paddle.autograd import PyLayer
 
 
-
 class _RMSNorm(PyLayer):
     """Saves x and one scale per row; Paddle's own graph keeps five row-by-width tensors and takes twice the time."""
 
@@ -44,7 +43,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, by Paddle's fused kernel (fp32 on a CPU, any float on a GPU)."""
-    return paddle.incubate.nn.functional.swiglu(gate, up)
+    return F.swiglu(gate, up)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -79,5 +78,3 @@ def apply_rope(x_THd: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     if x_THd.stop_gradient:
         return _rotate(x_THd, cos_TF, sin_TF)
     return _Rope.apply(x_THd, cos_TF, sin_TF)
-
-

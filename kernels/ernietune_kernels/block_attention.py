@@ -197,7 +197,9 @@ def _runs(lengths: list[int]) -> list[tuple[int, int]]:
 
 def _split_frames(x_PHd: Tensor, frames: int) -> Tensor:
     _, heads, width = x_PHd.shape
-    return x_PHd.reshape([frames, -1, heads, width]).transpose([0, 2, 1, 3]).reshape([frames * heads, -1, width])
+    return (
+        x_PHd.reshape([frames, -1, heads, width]).transpose([0, 2, 1, 3]).reshape([frames * heads, -1, width])
+    )
 
 
 def _join_frames(x: Tensor, frames: int) -> Tensor:

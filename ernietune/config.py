@@ -1,0 +1,293 @@
+"""The configuration of a run: one YAML file, a handful of dataclasses, and errors that name file, line and key.
+
+Unknown keys and wrong types are refused with the nearest valid key; nothing is filled in from anywhere but the
+defaults below. Imports no paddle, so a mistake is answered at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ernietune.errors import ConfigError
+
+
+@dataclass
+class ModelSection:
+    """Which weights are tuned."""
+
+    path: str = "???"  # a local folder or a hub id
+    shape: str | None = None  # a published shape by name: lets --dry-run plan without the weights
+    dtype: str = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU (the only type Paddle computes in there)
+    template: str = "auto"  # auto, text, thinking, vl, vl_thinking: overrides what the checkpoint says
+
+
+@dataclass
+class LoraSection:
+    """The adapters; `enabled: false` trains the weights named in train.trainable instead."""
+
+    enabled: bool = True
+    rank: int = 16
+    alpha: float | None = None  # default: twice the rank
+    targets: list[str] = field(default_factory=lambda: ["attention", "experts"])
+    exclude: list[str] = field(default_factory=list)
+    dropout: float = 0.0
+    rslora: bool = False
+    plus_ratio: float = 1.0  # LoRA+: learning rate of B over that of A
+
+
+@dataclass
+class DataSection:
+    """Where samples come from and how they become rows."""
+
+    train: list[str] = field(default_factory=list)
+    eval: list[str] = field(default_factory=list)
+    max_length: int = 8192  # tokens of one row
+    packing: bool = True
+    overlong: str = "error"  # error, skip, truncate (at the end of a turn, never inside a picture)
+    on_error: str = "error"  # error, skip (counted and named in dropped.jsonl)
+    shuffle: bool = True
+    train_all_turns: bool = False  # also train turns whose history rendering differs from their generation
+    enable_thinking: bool | None = None  # VL templates: open a think block before the answer
+    min_pixels: int | None = None  # None: as the checkpoint's preprocessor_config.json says
+    max_pixels: int | None = None
+    workers: int = 2
+
+
+@dataclass
+class TrainSection:
+    """The loop."""
+
+    output: str = "???"
+    steps: int | None = None  # exactly one of steps and epochs
+    epochs: float | None = None
+    rows: int = 1  # rows in one micro-batch
+    accumulation: int = 1  # micro-batches in one step
+    learning_rate: float = 3e-4
+    min_learning_rate: float = 0.0
+    schedule: str = "cosine"  # cosine, linear, constant
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    clip_norm: float | None = 1.0
+    trainable: list[str] = field(default_factory=lambda: ["all"])  # with lora.enabled false only
+    recompute: bool = False
+    loss_chunk: int | None = None  # rows whose logits exist at a time; None: 64 MiB worth
+    seed: int = 0
+    resume: bool = True  # continue from the newest state in train.output, if there is one
+    log_every: int = 1
+    save_every: int | None = None  # None: at the end only
+    keep_last: int = 2
+    eval_every: int | None = None
+    eval_batches: int | None = None  # None: the whole evaluation set
+    patience: int | None = None  # stop after this many evaluations without a better loss
+
+
+@dataclass
+class Config:
+    """All of a run."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    lora: LoraSection = field(default_factory=LoraSection)
+    data: DataSection = field(default_factory=DataSection)
+    train: TrainSection = field(default_factory=TrainSection)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and `section.key=value` overrides into a checked Config.
+
+    A relative path that does not exist is looked for among the packaged configs. ConfigError says file, line, key
+    and what to do.
+    """
+    file = _find(Path(path))
+    text = file.read_text(encoding="utf-8")
+    try:
+        node = yaml.compose(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(_yaml_problem(error, str(file))) from None
+    lines = _check_keys(node, Config, str(file)) if node is not None else {}
+    _check_overrides(overrides)
+    schema = OmegaConf.structured(Config)
+    try:
+        from_file = OmegaConf.create(text) if node is not None else OmegaConf.create({})
+        merged = OmegaConf.merge(schema, from_file, OmegaConf.from_dotlist(list(overrides)))
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_value_problem(error, str(file), lines)) from None
+    assert isinstance(config, Config)
+    _check_values(config, str(file), lines)
+    return config
+
+
+def save(config: Config, path: Path) -> None:
+    """Write the resolved configuration; `load` reads it back equal."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+
+
+def _find(path: Path) -> Path:
+    if path.is_file():
+        return path
+    packaged = (
+        Path(__file__).parent
+        / "configs"
+        / Path(*path.parts[1:] if path.parts[:1] == ("configs",) else path.parts)
+    )
+    if not path.is_absolute() and packaged.is_file():
+        return packaged
+    raise ConfigError(
+        f"{path}: no such configuration file; give the path of a YAML file such as configs/tiny/sft_lora.yaml"
+    )
+
+
+def _yaml_problem(error: yaml.YAMLError, file: str) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"{file}:{error.problem_mark.line + 1}: not valid YAML: {error.problem}"
+    return f"{file}: not valid YAML: {error}"
+
+
+def _section_types(owner: type) -> dict[str, type | None]:
+    """Keys of a dataclass; the value is the section's class where a key holds one."""
+    sections = {f.name: f.default_factory for f in fields(owner)}
+    return {name: kind if is_dataclass(kind) else None for name, kind in sections.items()}  # type: ignore[misc]
+
+
+def _check_keys(node: yaml.Node, owner: type, file: str, prefix: str = "") -> dict[str, int]:
+    """Line of every key path; ConfigError at the first unknown or repeated key."""
+    if not isinstance(node, yaml.MappingNode):
+        where = f"{file}:{node.start_mark.line + 1}"
+        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the file'} must hold `key: value` pairs")
+    known = _section_types(owner)
+    lines: dict[str, int] = {}
+    for key_node, value in node.value:
+        path, line = prefix + str(key_node.value), key_node.start_mark.line + 1
+        if key_node.value not in known:
+            raise ConfigError(f"{file}:{line}: unknown key `{path}`{_suggestion(path)}")
+        if path in lines:
+            raise ConfigError(f"{file}:{line}: `{path}` stands twice (first in line {lines[path]}); keep one")
+        lines[path] = line
+        section = known[key_node.value]
+        if section is not None:
+            lines |= _check_keys(value, section, file, path + ".")
+    return lines
+
+
+def key_paths() -> list[str]:
+    """Every valid key path, such as `train.learning_rate`."""
+    return [
+        f"{section}.{f.name}"
+        for section, kind in _section_types(Config).items()
+        if kind is not None
+        for f in fields(kind)
+    ]
+
+
+def _suggestion(path: str) -> str:
+    name = path.rpartition(".")[2]
+    paths = [*key_paths(), *_section_types(Config)]
+    near = difflib.get_close_matches(path, paths, n=1, cutoff=0.6)
+    near = near or [p for p in paths if p.rpartition(".")[2] == name]
+    if not near:
+        names = {p.rpartition(".")[2]: p for p in paths}
+        near = [names[m] for m in difflib.get_close_matches(name, list(names), n=1)]
+    return f"; did you mean `{near[0]}`?" if near else f"; sections are {', '.join(_section_types(Config))}"
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    for item in overrides:
+        path, equals, _ = item.partition("=")
+        if not equals:
+            raise ConfigError(f"command line: {item!r} is not `section.key=value`")
+        if path not in key_paths():
+            raise ConfigError(f"command line: unknown key `{path}`{_suggestion(path)}")
+
+
+def _value_problem(error: OmegaConfBaseException, file: str, lines: dict[str, int]) -> str:
+    path = str(error.full_key or "")
+    where = f"{file}:{lines[path]}" if path in lines else file
+    reason = str(error.msg if error.msg else error).splitlines()[0]
+    if "missing mandatory value" in reason.lower():
+        return f"{file}: `{path}` is required; add it to the file or pass {path}=VALUE"
+    if "is not a ListConfig" in reason:
+        return f"{where}: `{path}` must be a list, such as [a, b]"
+    return f"{where}: `{path}`: {reason}"
+
+
+CHOICES = {
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.template": ("auto", "text", "thinking", "vl", "vl_thinking"),
+    "data.overlong": ("error", "skip", "truncate"),
+    "data.on_error": ("error", "skip"),
+    "train.schedule": ("cosine", "linear", "constant"),
+}
+AT_LEAST: dict[str, float] = {
+    "lora.rank": 1,
+    "lora.dropout": 0,
+    "lora.plus_ratio": 0,
+    "data.max_length": 8,
+    "data.workers": 0,
+    "train.steps": 1,
+    "train.epochs": 0,
+    "train.rows": 1,
+    "train.accumulation": 1,
+    "train.learning_rate": 0,
+    "train.min_learning_rate": 0,
+    "train.warmup_steps": 0,
+    "train.weight_decay": 0,
+    "train.clip_norm": 0,
+    "train.loss_chunk": 1,
+    "train.log_every": 1,
+    "train.save_every": 1,
+    "train.keep_last": 1,
+    "train.eval_every": 1,
+    "train.eval_batches": 1,
+    "train.patience": 1,
+}
+
+
+def value_of(config: Config, path: str) -> Any:
+    """The value of a key path such as `train.steps`."""
+    section, name = path.split(".")
+    return vars(vars(config)[section])[name]
+
+
+def _check_values(config: Config, file: str, lines: dict[str, int]) -> None:
+    """Ranges and combinations, each with its key path and line."""
+
+    def refuse(path: str, problem: str) -> None:
+        where = f"{file}:{lines[path]}" if path in lines else file
+        raise ConfigError(f"{where}: `{path}` {problem}")
+
+    for path, choices in CHOICES.items():
+        value = value_of(config, path)
+        if value not in choices:
+            refuse(path, f"is {value!r}; it must be one of {', '.join(choices)}")
+    for path, least in AT_LEAST.items():
+        value = value_of(config, path)
+        if value is not None and value < least:
+            refuse(path, f"is {value}; it must be at least {least:g}")
+    train = config.train
+    if (train.steps is None) == (train.epochs is None):
+        refuse("train.steps", "and `train.epochs`: give exactly one of the two")
+    if not config.data.train:
+        refuse("data.train", "is empty; name at least one file of messages")
+    if train.steps is not None and train.warmup_steps > train.steps:
+        refuse(
+            "train.warmup_steps", f"is {train.warmup_steps}, beyond the {train.steps} steps of train.steps"
+        )
+    if train.min_learning_rate > train.learning_rate:
+        refuse("train.min_learning_rate", "is above train.learning_rate")
+    if config.lora.dropout >= 1:
+        refuse("lora.dropout", f"is {config.lora.dropout}; it must be below 1")
+    if (train.eval_every or train.patience) and not config.data.eval:
+        refuse("train.eval_every", "or `train.patience` is set, but data.eval names no file")
+    if train.patience and not train.eval_every:
+        refuse("train.patience", "needs train.eval_every")
