@@ -22,9 +22,7 @@ class KVCache:
         """Tokens every layer has seen; between two forward passes the layers agree."""
         return min((rows.count for rows in self._keys.values()), default=0)
 
-    def update(
-        self, layer: int, k: paddle.Tensor, v: paddle.Tensor
-    ) -> tuple[paddle.Tensor, paddle.Tensor]:
+    def update(self, layer: int, k: paddle.Tensor, v: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
         """Append k and v [T, KV, d] of new tokens; return those of all S tokens so far, [S, KV, d]."""
         if layer not in self._keys:
             self._keys[layer], self._values[layer] = _Rows(k), _Rows(v)
