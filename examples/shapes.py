@@ -4,10 +4,10 @@
     python examples/shapes.py badges --seed 1 OUT_DIR                    OUT_DIR/{train,heldout}.jsonl
     python examples/shapes.py text --count 5000 --seed 1 OUT_DIR         OUT_DIR/text.jsonl
 
-`pretrain` teaches colours, shapes, numbers and places. `badges` is the task the demo fine-tunes: every picture
-is a badge whose code (a letter for the colour, a digit for the shape) nobody could know without being taught.
-Pictures are 112 x 112 PNG inside the JSON lines as data: URIs (8 x 8 patches, 16 image tokens). A record depends
-on the seed and its own number only.
+`pretrain` teaches colours, shapes, numbers and places. `badges` is the task the demo fine-tunes: every
+picture is a badge whose code (a letter for the colour, a digit for the shape) nobody could know without being
+taught. Pictures are 112 x 112 PNG inside the JSON lines as data: URIs (8 x 8 patches, 16 image tokens). Every
+record depends on the seed and its own number only.
 """
 
 from __future__ import annotations
