@@ -22,9 +22,7 @@ class KVCache:
         """Tokens every layer has seen; between two forward passes the layers agree."""
         return min((rows.count for rows in self._keys.values()), default=0)
 
-    def update(
-        self, layer: int, k: paddle.Tensor, v: paddle.Tensor
-    ) -> tuple[paddle.Tensor, paddle.Tensor]:
+    def update(self, layer: int, k: paddle.Tensor, v: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
         """Append k and v [T, KV, d] of new tokens; return those of all S tokens so far, [S, KV, d]."""
         if layer not in self._keys:
             self._keys[layer], self._values[layer] = _Rows(k), _Rows(v)
@@ -34,8 +32,8 @@ class KVCache:
 class _Rows:
     """A tensor that grows along its first axis by doubling.
 
-    On a CPU the rows are written and handed out through a numpy view of the buffer: slicing a tensor copies it
-    there (1.1 ms per layer at 4,000 tokens, 9 us as a view). A GPU slice is a view by itself.
+    On a CPU the rows are written and handed out through a numpy view of the buffer: slicing a tensor copies
+    it there (at 4,000 tokens of the 0.3B model 1.1 ms, a view 9 us). A GPU slice is a view by itself.
     """
 
     def __init__(self, like: paddle.Tensor) -> None:

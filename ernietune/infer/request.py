@@ -51,7 +51,9 @@ class SamplingParams:
         _check(self.top_k >= -1, "top_k", self.top_k, "at least 1, or 0 or -1 to keep every token")
         in_range = self.seed is None or -_SEED_RANGE <= self.seed < _SEED_RANGE
         _check(in_range, "seed", self.seed, "a signed 64-bit integer")
-        _check(len(self.stop) <= MAX_STOP_STRINGS, "stop", list(self.stop), f"at most {MAX_STOP_STRINGS} strings")
+        _check(
+            len(self.stop) <= MAX_STOP_STRINGS, "stop", list(self.stop), f"at most {MAX_STOP_STRINGS} strings"
+        )
         _check("" not in self.stop, "stop", list(self.stop), "strings that are not empty")
 
     @property
