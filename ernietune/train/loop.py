@@ -1,0 +1,218 @@
+"""The training loop: steps, evaluation, early stopping, checkpoints. Objectives are functions; nothing to subclass."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from ernietune.checkpoint import state
+from ernietune.checkpoint.state import Progress
+from ernietune.config import TrainSection
+from ernietune.data.collate import Batch
+from ernietune.data.stream import Stream
+from ernietune.errors import ErnietuneError, listed
+from ernietune.lora import adapters
+from ernietune.models.decoder import CausalLM
+from ernietune.train.log import RunLog, console
+from ernietune.train.optim import Optimizer, learning_rate
+from ernietune.train.sft import Objective
+
+
+@dataclass
+class Run:
+    """Everything a fit needs; `evaluation` gives the evaluation batches anew each time it is called."""
+
+    folder: Path
+    train: TrainSection
+    model: CausalLM
+    objective: Objective
+    optimizer: Optimizer
+    stream: Stream
+    total_steps: int
+    write_weights: Callable[[Path], None]
+    evaluation: Callable[[], Iterator[Batch]] | None = None
+    progress: Progress = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.progress is None:
+            self.progress = Progress(data=self.stream.state_dict())
+
+
+def fit(run: Run) -> Progress:
+    """Train from where `run.progress` stands to the last step; return where it ended.
+
+    An interrupt (Ctrl-C) saves the last complete step before it is passed on.
+    """
+    with RunLog(run.folder, run.total_steps, run.progress.step) as log:
+        watch = GradientWatch(run.model)
+        saved_step = run.progress.step
+        try:
+            while run.progress.step < run.total_steps and not _patience_is_over(run):
+                train_step(run, log, watch)
+                gained = _evaluate_if_due(run, log)
+                if gained or _save_is_due(run):
+                    saved_step = save(run, best=gained)
+        except KeyboardInterrupt:
+            if run.progress.step > saved_step:
+                console.print(f"interrupted: saved {save(run, best=False)} steps; the same command continues")
+            raise
+        if run.progress.step > saved_step:
+            save(run, best=False)
+    return run.progress
+
+
+def train_step(run: Run, log: RunLog, watch: GradientWatch) -> None:
+    """One optimizer step over `accumulation` micro-batches."""
+    started, step = time.perf_counter(), run.progress.step + 1
+    batches = [next(run.stream) for _ in range(run.train.accumulation)]
+    # Dropout is a function of seed and step, so a resume needs no generator state.
+    paddle.seed((run.train.seed << 24) + step)
+    loss, metrics = accumulate(run.model, run.objective, batches)
+    if not math.isfinite(loss):
+        raise ErnietuneError(
+            f"the loss of step {step} is {loss}; nothing was updated. Lower train.learning_rate, or look at the data"
+        )
+    watch.check(batches)
+    rate = learning_rate(step, run.total_steps, run.train)
+    norm = run.optimizer.step(rate)
+    run.progress = replace(run.progress, step=step, data=run.stream.state_dict())
+    seconds = time.perf_counter() - started
+    values = {"loss": loss, "learning_rate": rate, "gradient_norm": norm, **metrics, **_counts(batches)}
+    values["seconds"] = round(seconds, 4)
+    values["tokens_per_second"] = round(values["tokens"] / seconds, 1)
+    log.step(step, values, show=step % run.train.log_every == 0 or step == 1)
+
+
+def accumulate(model: CausalLM, objective: Objective, batches: list[Batch]) -> tuple[float, dict[str, float]]:
+    """Gradients of the loss per supervised token of the whole step; the loss and the metrics, likewise per token.
+
+    The divisor is the step's, not the micro-batch's: a token counts the same wherever it stands.
+    """
+    model.train()
+    tokens = sum(batch.supervised for batch in batches)
+    loss, metrics = 0.0, {}
+    for batch in batches:
+        sums = objective(model, batch)
+        if not sums.total.stop_gradient:  # a micro-batch may have no supervised token
+            (sums.total / tokens).backward()
+        loss += float(sums.total.item()) / tokens
+        for name, value in sums.metrics.items():
+            metrics[name] = metrics.get(name, 0.0) + value / tokens
+    return loss, metrics
+
+
+def _counts(batches: list[Batch]) -> dict[str, float]:
+    """Tokens of a step: all, supervised, and per expert pool."""
+    vision = sum(int(np.count_nonzero(batch.is_vision)) for batch in batches)
+    tokens = sum(batch.tokens for batch in batches)
+    return {
+        "tokens": tokens,
+        "supervised_tokens": sum(batch.supervised for batch in batches),
+        "text_pool_tokens": tokens - vision,
+        "vision_pool_tokens": vision,
+        "samples": sum(batch.samples for batch in batches),
+    }
+
+
+class GradientWatch:
+    """Makes sure that every adapter gets a gradient in the first step in which it can.
+
+    Adapters of pictures (vision experts, tower, resampler) wait for the first step with a picture, those of the
+    text experts for the first text token.
+    """
+
+    def __init__(self, model: CausalLM) -> None:
+        self.waiting = dict(adapters(model))
+
+    def check(self, batches: list[Batch]) -> None:
+        """Raise ErnietuneError naming the adapters that should have a gradient by now and have none."""
+        if not self.waiting:
+            return
+        vision = any(batch.is_vision.any() for batch in batches)
+        pictures = any(len(batch.grids) for batch in batches)
+        missing = []
+        for path, adapter in list(self.waiting.items()):
+            if adapter.lora_A.grad is not None and adapter.lora_B.grad is not None:
+                del self.waiting[path]
+            elif (".vision_experts." not in path or vision) and (
+                not path.startswith(("vision_model.", "model.resampler_model.")) or pictures
+            ):
+                missing.append(path)
+        if missing:
+            raise ErnietuneError(
+                f"no gradient reached {len(missing)} adapters: {listed(missing)}; this is a defect"
+            )
+
+
+def evaluate(model: CausalLM, objective: Objective, batches: Iterator[Batch]) -> dict[str, float]:
+    """Loss per supervised token over `batches`, and its perplexity, with dropout off."""
+    model.eval()
+    total, tokens = 0.0, 0
+    with paddle.no_grad():
+        for batch in batches:
+            sums = objective(model, batch)
+            total += float(sums.total.item())
+            tokens += sums.count
+    loss = total / max(tokens, 1)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens}
+
+
+def _evaluate_if_due(run: Run, log: RunLog) -> bool:
+    """Evaluate at the chosen steps and after the last one; True when the loss is the best so far."""
+    step, every = run.progress.step, run.train.eval_every
+    if run.evaluation is None or not (step == run.total_steps or (every and step % every == 0)):
+        return False
+    values = evaluate(run.model, run.objective, run.evaluation())
+    best = run.progress.best_loss is None or values["loss"] < run.progress.best_loss
+    log.evaluation(step, values, best)
+    if best:
+        run.progress = replace(
+            run.progress, best_loss=values["loss"], best_step=step, evaluations_without_gain=0
+        )
+    else:
+        waited = run.progress.evaluations_without_gain + 1
+        run.progress = replace(run.progress, evaluations_without_gain=waited)
+    return best
+
+
+def _patience_is_over(run: Run) -> bool:
+    patience = run.train.patience
+    if patience is None or run.progress.evaluations_without_gain < patience:
+        return False
+    console.print(
+        f"stopped early: {patience} evaluations without a better loss than step {run.progress.best_step}'s"
+    )
+    return True
+
+
+def _save_is_due(run: Run) -> bool:
+    every = run.train.save_every
+    return every is not None and run.progress.step % every == 0
+
+
+def save(run: Run, best: bool) -> int:
+    """Write a checkpoint of the current step; return the step."""
+    tensors = {f"weight::{path}": p.astype("float32").numpy() for path, p in run.optimizer.parameters.items()}
+    tensors |= run.optimizer.state()
+    state.save(run.folder, run.progress, tensors, run.write_weights, run.train.keep_last, best)
+    return run.progress.step
+
+
+def restore(run: Run) -> None:
+    """Continue from the newest checkpoint of `run.folder`, if it has one: weights, moments, data, evaluations."""
+    found = state.load(run.folder)
+    if found is None:
+        return
+    run.progress, tensors = found
+    moments = {key: value for key, value in tensors.items() if not key.startswith("weight::")}
+    run.optimizer.load_state(moments)
+    for path, parameter in run.optimizer.parameters.items():
+        value = paddle.to_tensor(tensors[f"weight::{path}"])
+        parameter.set_value(value.astype(parameter.dtype))
+    run.stream.load_state_dict(run.progress.data)

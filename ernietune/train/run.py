@@ -1,0 +1,210 @@
+"""From a configuration to a finished run, step by step; nothing else happens here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import paddle
+
+from ernietune import config as configuration
+from ernietune import hub
+from ernietune.checkpoint import state
+from ernietune.checkpoint.adapter import save_adapter
+from ernietune.checkpoint.load import load_model, save_model
+from ernietune.checkpoint.processor import Processor
+from ernietune.config import Config, DataSection
+from ernietune.data.collate import Batch
+from ernietune.data.dataset import Dataset, Encoder, VisionTokens
+from ernietune.data.formats import open_source
+from ernietune.data.stream import Stream, StreamOptions, count_batches, sample_lengths
+from ernietune.errors import ConfigError
+from ernietune.lora import inject, unfreeze
+from ernietune.models.decoder import CausalLM
+from ernietune.parallel import recompute
+from ernietune.train import loop, plan
+from ernietune.train.log import console
+from ernietune.train.optim import Optimizer
+from ernietune.train.sft import sft
+
+
+def main(config: Config) -> Path:
+    """Train as `config` says; return the run folder."""
+    # 1. The run folder, before anything slow.
+    folder = prepare_folder(config)
+    # 2. The checkpoint's words and pixels, then the data: mistakes there are found before weights are read.
+    base = hub.resolve(config.model.path)
+    processor = processor_of(config, base)
+    train_set = dataset(config.data, config.data.train, processor)
+    evaluation = evaluation_set(config, processor)
+    # 3. The model, and what of it trains.
+    paddle.seed(config.train.seed)
+    dtype = compute_dtype(config.model.dtype)
+    model = load_model(base, dtype, processor.config)
+    shapes = {path: parameter.shape for path, parameter in model.named_parameters()}
+    plan.print_table(shapes, config)
+    choose_trainable(model, config)
+    if config.train.recompute:
+        recompute.apply(model)
+    # 4. The loop.
+    options = stream_options(config)
+    total = total_steps(config, train_set, options)
+    run = loop.Run(
+        folder=folder,
+        train=config.train,
+        model=model,
+        objective=partial(sft, loss_chunk=config.train.loss_chunk),
+        optimizer=Optimizer(model, config.train, config.lora.plus_ratio if config.lora.enabled else 1.0),
+        stream=Stream(train_set, options),
+        total_steps=total,
+        write_weights=weights_writer(model, config, base),
+        evaluation=evaluation,
+    )
+    loop.restore(run)
+    announce(run, train_set, dtype)
+    configuration.save(config, folder / "config.yaml")
+    try:
+        loop.fit(run)
+    finally:
+        report_dropped(run)
+        run.stream.close()
+    console.print(f"done: {folder / 'checkpoints' / state.pointers(folder).get('last', '')}")
+    return folder
+
+
+def prepare_folder(config: Config) -> Path:
+    """Create the run folder; refuse one that holds another run when nothing is to be resumed."""
+    folder = Path(config.train.output)
+    if not config.train.resume and state.pointers(folder):
+        raise ConfigError(
+            f"train.output: {folder} holds a run already; choose another folder or set train.resume: true"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"train.output: {folder} cannot be created ({error.strerror})") from None
+    return folder
+
+
+def processor_of(config: Config, base: Path) -> Processor:
+    """Tokenizer, chat format and picture sizes of the base, with the configuration's overrides."""
+    return Processor.load(base, None if config.model.template == "auto" else config.model.template)
+
+
+def dataset(data: DataSection, paths: list[str], processor: Processor) -> Dataset:
+    """The records of some files, to be encoded as `data` says."""
+    model = processor.config
+    vision = None
+    if model.image_token_id is not None:
+        vision = VisionTokens(model.image_token_id, frozenset(model.vision_token_ids))
+    encoder = Encoder(
+        template=processor.template,
+        max_length=data.max_length,
+        overlong=data.overlong,  # type: ignore[arg-type]
+        vision=vision,
+        limits=processor.limits_with(data.min_pixels, data.max_pixels),
+        options={"enable_thinking": data.enable_thinking, "train_all_turns": data.train_all_turns},
+    )
+    return Dataset([open_source(path) for path in paths], encoder, data.on_error)  # type: ignore[arg-type]
+
+
+def stream_options(config: Config) -> StreamOptions:
+    """How samples become micro-batches."""
+    data, train = config.data, config.train
+    return StreamOptions(
+        max_length=data.max_length,
+        packing=data.packing,
+        rows=train.rows,
+        seed=train.seed,
+        shuffle=data.shuffle,
+        workers=data.workers,
+    )
+
+
+def evaluation_set(config: Config, processor: Processor) -> Callable[[], Iterator[Batch]] | None:
+    """A function that gives the evaluation batches from the start, in the files' order."""
+    if not config.data.eval:
+        return None
+    held_out = dataset(config.data, config.data.eval, processor)
+    options = StreamOptions(
+        max_length=config.data.max_length,
+        packing=config.data.packing,
+        rows=config.train.rows,
+        shuffle=False,
+        epochs=1,
+    )
+
+    def batches() -> Iterator[Batch]:
+        for number, batch in enumerate(Stream(held_out, options)):
+            if number == config.train.eval_batches:
+                return
+            yield batch
+
+    return batches
+
+
+def compute_dtype(wanted: str) -> str:
+    """The type the model computes in; ConfigError for bf16 on a CPU, where Paddle has no such products."""
+    gpu = paddle.device.get_device().startswith("gpu")
+    if wanted == "auto":
+        return "bfloat16" if gpu else "float32"
+    if wanted == "bfloat16" and not gpu:
+        raise ConfigError(
+            "model.dtype: bfloat16 cannot be computed in on a CPU by Paddle; use auto or float32"
+        )
+    return wanted
+
+
+def lora_spec(lora: LoraSection) -> LoraSpec:
+    """The adapters of a configuration."""
+    return LoraSpec(
+        lora.rank, lora.alpha, tuple(lora.targets), tuple(lora.exclude), lora.dropout, lora.rslora
+    )
+
+
+def choose_trainable(model: CausalLM, config: Config) -> None:
+    """Inject the adapters, or unfreeze the named groups."""
+    if config.lora.enabled:
+        inject(model, plan.lora_spec(config.lora))
+    else:
+        unfreeze(model, tuple(config.train.trainable))
+
+
+def total_steps(config: Config, train_set: Dataset, options: StreamOptions) -> int:
+    """Steps of the whole run; counting epochs reads the data once, because packing decides the number."""
+    if config.train.steps is not None:
+        return config.train.steps
+    assert config.train.epochs is not None
+    console.print(f"reading {len(train_set)} records to count the steps of {config.train.epochs} epochs")
+    lengths = sample_lengths(train_set, options.workers)
+    batches = count_batches(lengths, replace(options, epochs=config.train.epochs))
+    return -(-batches // config.train.accumulation)
+
+
+def weights_writer(model: CausalLM, config: Config, base: Path) -> Callable[[Path], None]:
+    """What a checkpoint holds: the adapter alone, or the whole model in the base's layout."""
+    if config.lora.enabled:
+        return lambda folder: save_adapter(model, folder, str(base))
+    return lambda folder: save_model(model, folder, like=base)
+
+
+def announce(run: loop.Run, train_set: Dataset, dtype: str) -> None:
+    """One line on what is about to happen."""
+    device = paddle.device.get_device()
+    note = " (Paddle computes in float32 only on a CPU)" if device == "cpu" else ""
+    console.print(f"computing in {dtype} on {device}{note}; {len(train_set)} records")
+    if run.progress.step:
+        console.print(f"resuming after step {run.progress.step} of {run.total_steps}")
+
+
+def report_dropped(run: loop.Run) -> None:
+    """Count and name what the run left out."""
+    log = run.stream.log
+    if not log.dropped and not log.cut:
+        return
+    path = run.folder / "dropped.jsonl"
+    log.write(path)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(log.counts.items()))
+    console.print(f"left out: {reasons or 'no record'}; cut: {len(log.cut)} records; each is named in {path}")
