@@ -32,8 +32,8 @@ class KVCache:
 class _Rows:
     """A tensor that grows along its first axis by doubling.
 
-    On a CPU the rows are written and handed out through a numpy view of the buffer: slicing a tensor copies it
-    there (1.1 ms per layer at 4,000 tokens, 9 us as a view). A GPU slice is a view by itself.
+    On a CPU the rows are written and handed out through a numpy view of the buffer: slicing a tensor copies
+    it there (at 4,000 tokens of the 0.3B model 1.1 ms, a view 9 us). A GPU slice is a view by itself.
     """
 
     def __init__(self, like: paddle.Tensor) -> None:

@@ -103,3 +103,9 @@ class StopStrings:
             if any(stop.startswith(text[-size:]) for stop in self._stop):
                 return size
         return 0
+
+
+def final_answer(text: str) -> str:
+    """The answer alone: what follows the thought, without the <response> tags of thinking models."""
+    _, _, answer = text.rpartition("</think>")
+    return answer.replace("<response>", "").replace("</response>", "").strip()
