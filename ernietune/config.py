@@ -67,7 +67,7 @@ class TrainSection:
 
     output: str = "???"
     steps: int | None = None  # exactly one of steps and epochs
-    epochs: float | None = None
+    epochs: int | None = None
     rows: int = 1  # rows in one micro-batch
     accumulation: int = 1  # micro-batches in one step
     learning_rate: float = 3e-4
@@ -235,7 +235,7 @@ AT_LEAST: dict[str, float] = {
     "data.max_length": 8,
     "data.workers": 0,
     "train.steps": 1,
-    "train.epochs": 0,
+    "train.epochs": 1,
     "train.rows": 1,
     "train.accumulation": 1,
     "train.learning_rate": 0,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,9 +21,7 @@ from paddle import Tensor, nn
 from ernietune.errors import ConfigError, listed
 from ernietune.models.layers import ExpertLinear, Linear, parameter
 
-# A target is one of these names or a regular expression for a whole module path. Routers, norms, embeddings and
-# the head are never adapted: no pattern can reach them because they are neither Linear nor ExpertLinear, or are
-# named in NEVER.
+# A target is one of these names or a regular expression for a whole layer path.
 GROUPS: dict[str, str] = {
     "attention": r"model\.layers\.\d+\.self_attn\.[qkvo]_proj",
     "mlp": r"model\.layers\.\d+\.mlp\.(gate|up|down)_proj",
@@ -34,15 +32,16 @@ GROUPS: dict[str, str] = {
     "vision": r"vision_model\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])",
     "resampler": r"model\.resampler_model\.((spatial|temporal)_linear\.[02]|mlp)",
 }
-NEVER = r"lm_head|vision_model\.patch_embed\.proj"
-# For the table: every parameter falls in exactly one of these, the first that matches.
-TABLE_GROUPS: dict[str, str] = {
+NEVER = r"lm_head|.*\.embed_tokens|.*\.router|vision_model\.patch_embed\.proj"
+# Every parameter falls in the first of these that matches its path.
+PARAMETER_GROUPS: dict[str, str] = {
     **{name: GROUPS[name] + r"(\..*)?" for name in GROUPS if name != "experts"},
     "router": r"model\.layers\.\d+\.mlp\.\w+_experts\.router\..*",
     "norms": r".*norm\d?\.(weight|bias)|vision_model\.ln\..*|.*_linear\.3\..*",
     "embeddings": r"model\.embed_tokens\..*|lm_head\..*",
-    "patch embedding": r"vision_model\.patch_embed\..*",
+    "patch_embedding": r"vision_model\.patch_embed\..*",
 }
+Shapes = Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -116,18 +115,20 @@ def _expert_product(x: Tensor, stack: Tensor, counts: list[int]) -> Tensor:
     return grouped_linear(x, weight, counts, expert_views(weight))
 
 
-def inject(model: nn.Layer, spec: LoraSpec) -> list[str]:
-    """Put an adapter around every targeted layer of `model`; return their paths in order.
+def adaptable(shapes: Shapes) -> list[str]:
+    """Paths of the layers an adapter can go around: matrices and stacks, but no router, embedding or head."""
+    layers = [path.removesuffix(".weight") for path, shape in shapes.items() if len(shape) > 1]
+    return [path for path in layers if not re.fullmatch(NEVER, path)]
+
+
+def select(shapes: Shapes, spec: LoraSpec) -> list[str]:
+    """Paths of the layers that `spec` adapts, in order.
 
     ConfigError names each target that matches nothing, so that a misspelt name cannot pass silently.
     """
-    layers = {
-        path: layer
-        for path, layer in model.named_sublayers()
-        if isinstance(layer, (Linear, ExpertLinear)) and not re.fullmatch(NEVER, path)
-    }
+    layers = adaptable(shapes)
     for key, names in (("targets", spec.targets), ("exclude", spec.exclude)):
-        idle = [name for name in names if not any(_matches(name, path) for path in layers)]
+        idle = [name for name in names if not any(_matches(name, path, key) for path in layers)]
         if idle:
             raise ConfigError(
                 f"lora.{key}: {listed(idle)} matches no layer of this model; "
@@ -136,24 +137,29 @@ def inject(model: nn.Layer, spec: LoraSpec) -> list[str]:
     chosen = [
         path
         for path in layers
-        if any(_matches(name, path) for name in spec.targets)
-        and not any(_matches(name, path) for name in spec.exclude)
+        if any(_matches(name, path, "targets") for name in spec.targets)
+        and not any(_matches(name, path, "exclude") for name in spec.exclude)
     ]
     if not chosen:
-        raise ConfigError(
-            "lora.exclude takes away every layer that lora.targets names; nothing would be trained"
-        )
+        raise ConfigError("lora.targets, less lora.exclude, names no layer; nothing would be trained")
+    return chosen
+
+
+def _matches(name: str, path: str, key: str) -> bool:
+    try:
+        return re.fullmatch(GROUPS.get(name, name), path) is not None
+    except re.error as error:
+        raise ConfigError(f"lora.{key}: {name!r} is not a regular expression ({error})") from None
+
+
+def inject(model: nn.Layer, spec: LoraSpec) -> list[str]:
+    """Put an adapter around every targeted layer of `model`; return their paths in order."""
+    chosen = select({path: parameter.shape for path, parameter in model.named_parameters()}, spec)
+    layers = dict(model.named_sublayers())
     for path in chosen:
         wrapped = LoRALinear if isinstance(layers[path], Linear) else LoRAExperts
         _replace(model, path, wrapped(layers[path], spec))
     return chosen
-
-
-def _matches(target: str, path: str) -> bool:
-    try:
-        return re.fullmatch(GROUPS.get(target, target), path) is not None
-    except re.error as error:
-        raise ConfigError(f"lora.targets: {target!r} is not a regular expression ({error})") from None
 
 
 def _replace(model: nn.Layer, path: str, layer: nn.Layer) -> None:
@@ -185,56 +191,67 @@ def disabled(model: nn.Layer) -> Iterator[None]:
             layer.enabled = enabled
 
 
-def unfreeze(model: nn.Layer, groups: tuple[str, ...]) -> None:
-    """Make parameters trainable by table group or pattern ("all" for everything but router and its bias).
+def choose_trained(shapes: Shapes, groups: Sequence[str]) -> list[str]:
+    """Parameter paths for full fine-tuning, by group or pattern; "all" is everything but the routers.
 
-    For full fine-tuning: the router trains only when it is named, because ERNIE's balance depends on it.
+    Routers train only when they are named, because the balance of the experts depends on them.
     """
+    chosen: dict[str, None] = {}
     for name in groups:
-        pattern = TABLE_GROUPS.get(name, GROUPS.get(name, name))
+        pattern = PARAMETER_GROUPS.get(name, GROUPS.get(name, name) + r"(\..*)?")
+        routers = PARAMETER_GROUPS["router"]
         touched = [
-            parameter
-            for path, parameter in model.named_parameters()
-            if (name == "all" and not re.fullmatch(TABLE_GROUPS["router"], path))
-            or re.fullmatch(pattern, path)
+            path
+            for path in shapes
+            if (not re.fullmatch(routers, path) if name == "all" else re.fullmatch(pattern, path))
         ]
         if not touched:
             raise ConfigError(
-                f"train.trainable: {name!r} matches no parameter; use all, {', '.join(TABLE_GROUPS)} or a pattern"
+                f"train.trainable: {name!r} matches no parameter; use all, {', '.join(PARAMETER_GROUPS)} or a pattern"
             )
-        for parameter in touched:
-            parameter.stop_gradient = False
+        chosen |= dict.fromkeys(touched)
+    return list(chosen)
+
+
+def unfreeze(model: nn.Layer, groups: Sequence[str]) -> None:
+    """Make the parameters of `choose_trained` take gradients."""
+    parameters = dict(model.named_parameters())
+    for path in choose_trained({path: p.shape for path, p in parameters.items()}, groups):
+        parameters[path].stop_gradient = False
 
 
 @dataclass(frozen=True)
 class GroupRow:
-    """One line of the table of what trains."""
+    """One line of the table of what trains; `adapted` and `frozen` count layers, the rest parameters."""
 
     group: str
     adapted: int
-    frozen_layers: int
+    frozen: int
     rank: int
     trainable: int
     parameters: int
 
 
-def parameter_table(model: nn.Layer) -> list[GroupRow]:
-    """Layers and parameters by group: how many are adapted, at which rank, and what trains."""
+def parameter_table(shapes: Shapes, spec: LoraSpec | None, trained: Sequence[str] = ()) -> list[GroupRow]:
+    """What trains, by group, worked out from the base model's shapes alone.
+
+    `spec` gives the adapters, `trained` the parameters that train themselves (full fine-tuning).
+    """
+    adapted = set(select(shapes, spec)) if spec else set()
+    full = set(trained)
     rows: dict[str, list[int]] = {}
-    wrapped = dict(adapters(model))
-    for path, parameter in model.named_parameters():
-        owner = path.rpartition(".")[0]
-        plain = path.replace(".base.", ".")
-        group = next((g for g, p in TABLE_GROUPS.items() if re.fullmatch(p, plain)), "other")
+    for path, shape in shapes.items():
+        group = next((g for g, p in PARAMETER_GROUPS.items() if re.fullmatch(p, path)), "other")
         row = rows.setdefault(group, [0, 0, 0, 0, 0])
-        adapter = wrapped.get(owner)
-        if path.endswith(".lora_A"):
-            assert adapter is not None
+        size, layer = math.prod(shape), path.removesuffix(".weight")
+        row[4] += size
+        if spec and layer in adapted:
             row[0] += 1
-            row[2] = adapter.spec.rank
-        elif path.endswith(".weight") and not owner.endswith(".base") and parameter.stop_gradient:
+            row[2] = spec.rank
+            row[3] += spec.rank * (shape[-1] + shape[-2]) * math.prod(shape[:-2])
+        elif path in full:
+            row[3] += size
+        elif path.endswith(".weight"):
             row[1] += 1
-        row[3] += 0 if parameter.stop_gradient else parameter.size
-        row[4] += parameter.size
-    order = [*TABLE_GROUPS, "other"]
-    return [GroupRow(g, *rows[g]) for g in order if g in rows]
+    order = [*PARAMETER_GROUPS, "other"]
+    return [GroupRow(group, *rows[group]) for group in order if group in rows]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ernietune.errors import CheckpointError
@@ -37,6 +37,16 @@ class Processor:
             return cls(config, tokenizer, chat_format, None)
         config = _with_token_ids(config, tokenizer, folder)
         return cls(config, tokenizer, chat_format, ImageLimits.from_folder(folder))
+
+    def limits_with(self, min_pixels: int | None, max_pixels: int | None) -> ImageLimits | None:
+        """The folder's picture sizes with what is not None replaced."""
+        if self.limits is None:
+            return None
+        return replace(
+            self.limits,
+            min_pixels=self.limits.min_pixels if min_pixels is None else min_pixels,
+            max_pixels=self.limits.max_pixels if max_pixels is None else max_pixels,
+        )
 
 
 def _with_token_ids(config: ModelConfig, tokenizer: Tokenizer, folder: Path) -> ModelConfig:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,6 +78,7 @@ class Encoder:
     overlong: Overlong = "error"
     vision: VisionTokens | None = None
     limits: ImageLimits | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)  # for the chat format, such as enable_thinking
 
     def encode(self, conversation: Conversation, where: str, folder: Path | None = None) -> Sample | Skipped:
         """Encode one conversation; relative image paths start from `folder`.
@@ -114,7 +115,7 @@ class Encoder:
             raise BadRecord("image", f"{where}: {error}") from error
 
     def _render(self, conversation: Conversation, pictures: Sequence[Picture]) -> Rendered:
-        return self.template.render(conversation, [self._tokens(picture) for picture in pictures])
+        return self.template.render(conversation, [self._tokens(picture) for picture in pictures], **self.options)
 
     def _tokens(self, picture: Picture) -> int:
         assert self.limits is not None

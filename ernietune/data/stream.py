@@ -30,15 +30,23 @@ class StreamOptions:
     packing: bool = True
     rows: int = 1  # rows of a micro-batch
     seed: int = 0
+    shuffle: bool = True  # False: the files' order in every epoch
     epochs: int | None = None  # None: endless
     rank: int = 0
     world: int = 1
     buffer: int = BUFFER
     workers: int = 0
 
+    @property
+    def order_seed(self) -> int | None:
+        """The seed of the shuffling, None without it."""
+        return self.seed if self.shuffle else None
 
-def epoch_order(length: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The permutation of `length` records in one epoch; it depends on these three numbers only."""
+
+def epoch_order(length: int, seed: int | None, epoch: int) -> NDArray[np.int64]:
+    """The permutation of `length` records in one epoch, from these three numbers only; no seed, no shuffling."""
+    if seed is None:
+        return np.arange(length)
     # Raw bits and a stable sort stay the same in every numpy release; `permutation` is not promised to.
     return np.argsort(np.random.PCG64([seed, epoch]).random_raw(length), kind="stable")
 
@@ -76,7 +84,7 @@ def count_batches(lengths: NDArray[np.int64], options: StreamOptions) -> int:
 def _epoch_rows(lengths: NDArray[np.int64], options: StreamOptions, epoch: int) -> list[list[int]]:
     records = len(lengths)
     first = (options.rank - epoch * records) % options.world
-    mine = epoch_order(records, options.seed, epoch)[first :: options.world]
+    mine = epoch_order(records, options.order_seed, epoch)[first :: options.world]
     sizes = [(int(index), int(lengths[index])) for index in mine if lengths[index]]
     return list(pack(sizes, options.max_length, options.buffer if options.packing else 0))
 
@@ -219,7 +227,7 @@ class Stream:
     def _record(self, position: int) -> int:
         epoch, place = divmod(position, len(self.dataset))
         if self._order[0] != epoch:
-            self._order = (epoch, epoch_order(len(self.dataset), self.options.seed, epoch))
+            self._order = (epoch, epoch_order(len(self.dataset), self.options.order_seed, epoch))
         return int(self._order[1][place])
 
     def _load(self, item: tuple[int, int]) -> tuple[int, Sample | Skipped]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,19 +15,18 @@ from ernietune.checkpoint import state
 from ernietune.checkpoint.adapter import save_adapter
 from ernietune.checkpoint.load import load_model, save_model
 from ernietune.checkpoint.processor import Processor
-from ernietune.config import Config, DataSection, LoraSection
+from ernietune.config import Config, DataSection
 from ernietune.data.collate import Batch
 from ernietune.data.dataset import Dataset, Encoder, VisionTokens
 from ernietune.data.formats import open_source
 from ernietune.data.stream import Stream, StreamOptions, count_batches, sample_lengths
 from ernietune.errors import ConfigError
-from ernietune.lora import LoraSpec, inject, unfreeze
+from ernietune.lora import inject, unfreeze
 from ernietune.models.decoder import CausalLM
 from ernietune.parallel import recompute
-from ernietune.train import loop
+from ernietune.train import loop, plan
 from ernietune.train.log import console
 from ernietune.train.optim import Optimizer
-from ernietune.train.plan import print_table
 from ernietune.train.sft import sft
 
 
@@ -43,8 +43,9 @@ def main(config: Config) -> Path:
     paddle.seed(config.train.seed)
     dtype = compute_dtype(config.model.dtype)
     model = load_model(base, dtype, processor.config)
+    shapes = {path: parameter.shape for path, parameter in model.named_parameters()}
+    plan.print_table(shapes, config)
     choose_trainable(model, config)
-    print_table(model)
     if config.train.recompute:
         recompute.apply(model)
     # 4. The loop.
@@ -166,7 +167,7 @@ def lora_spec(lora: LoraSection) -> LoraSpec:
 def choose_trainable(model: CausalLM, config: Config) -> None:
     """Inject the adapters, or unfreeze the named groups."""
     if config.lora.enabled:
-        inject(model, lora_spec(config.lora))
+        inject(model, plan.lora_spec(config.lora))
     else:
         unfreeze(model, tuple(config.train.trainable))
 
@@ -178,8 +179,8 @@ def total_steps(config: Config, train_set: Dataset, options: StreamOptions) -> i
     assert config.train.epochs is not None
     console.print(f"reading {len(train_set)} records to count the steps of {config.train.epochs} epochs")
     lengths = sample_lengths(train_set, options.workers)
-    batches = count_batches(lengths, options, config.train.epochs)
-    return max(1, batches // config.train.accumulation)
+    batches = count_batches(lengths, replace(options, epochs=config.train.epochs))
+    return -(-batches // config.train.accumulation)
 
 
 def weights_writer(model: CausalLM, config: Config, base: Path) -> Callable[[Path], None]:

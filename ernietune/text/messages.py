@@ -1,0 +1,281 @@
+"""The messages schema: one JSON record -> a Conversation, with every complaint naming the field.
+
+Training data (`{"messages": [...], "tools"?: [...]}`, one per line) and server requests pass the same parser.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
+
+from ernietune.errors import DataError
+
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
+
+_COMMON_KEYS = ("role", "content")
+_ASSISTANT_KEYS = ("reasoning_content", "reasoning", "tool_calls", "weight", "trained")
+# OpenAI clients send these back as they got them; the prompt has no place for them.
+_IGNORED_KEYS = ("name", "tool_call_id", "id")
+_NULL_KEYS = ("refusal", "audio", "annotations", "function_call")
+_THOUGHT = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One piece of content: a text, or an image by path, file://, http(s):// or data: URL."""
+
+    kind: Literal["text", "image"]
+    text: str = ""
+    url: str = ""
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One function call of an assistant, its arguments as an object."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn; `reasoning`, `tool_calls` and `trained` belong to the assistant."""
+
+    role: Role
+    parts: tuple[Part, ...]
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    trained: bool = True
+
+    @property
+    def text(self) -> str:
+        """The text parts, joined; images leave nothing behind."""
+        return "".join(part.text for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The messages of one sample or request and the tools they may call (OpenAI form)."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def images(self) -> list[str]:
+        """The image URLs in order of appearance."""
+        return [part.url for message in self.messages for part in message.parts if part.kind == "image"]
+
+
+def parse_conversation(record: object, where: str) -> Conversation:
+    """Check a record and turn it into a Conversation; DataError names `where` and the field path.
+
+    Accepted and without effect: `name`, `tool_call_id` and `id` of a message, `detail` of an image, and
+    `refusal`, `audio`, `annotations`, `function_call` when null (or empty). Any null counts as absent.
+    Assistant content that begins with `<think>...</think>` is split into reasoning and content; newlines
+    around the reasoning are layout, which the template writes anew. `weight` (0 or 1) is OpenAI's name for
+    `trained`.
+    """
+    root = _Field(where, "", record)
+    entries = root.entries(("messages", "tools"))
+    if "messages" not in entries:
+        root.fail('the record has no \'messages\'; expected a list of {"role", "content"} objects')
+    fields = entries["messages"].items()
+    if not fields:
+        entries["messages"].fail("is empty; at least one message is needed")
+    messages = tuple(_message(field, index) for index, field in enumerate(fields))
+    tools = entries["tools"].items() if "tools" in entries else []
+    return Conversation(messages, tuple(_tool(field) for field in tools))
+
+
+@dataclass(frozen=True)
+class _Field:
+    """A value of the record together with the way to it, for the error message."""
+
+    where: str
+    path: str
+    value: object
+
+    def fail(self, problem: str) -> NoReturn:
+        raise DataError(f"{self.where}: {self.path} {problem}" if self.path else f"{self.where}: {problem}")
+
+    def wrong_type(self, expected: str) -> NoReturn:
+        self.fail(f"is {_type_name(self.value)}; expected {expected}")
+
+    def entries(self, known: Collection[str]) -> dict[str, _Field]:
+        """The non-null members of an object; a key outside of `known` is an error."""
+        if not isinstance(self.value, dict):
+            self.wrong_type("an object")
+        for key in self.value:
+            if key not in known:
+                self._unknown_key(str(key), known)
+        prefix = f"{self.path}." if self.path else ""
+        return {
+            key: _Field(self.where, prefix + key, value)
+            for key, value in self.value.items()
+            if value is not None
+        }
+
+    def items(self) -> list[_Field]:
+        if not isinstance(self.value, list):
+            self.wrong_type("a list")
+        return [_Field(self.where, f"{self.path}[{i}]", value) for i, value in enumerate(self.value)]
+
+    def string(self) -> str:
+        if not isinstance(self.value, str):
+            self.wrong_type("a string")
+        try:
+            self.value.encode()
+        except UnicodeEncodeError as error:
+            self.fail(
+                f"holds half of a surrogate pair at character {error.start}; it is not valid Unicode text"
+            )
+        return self.value
+
+    def choice(self, allowed: Collection[str]) -> str:
+        value = self.string()
+        if value not in allowed:
+            self.fail(f"is {value!r}; allowed: {', '.join(allowed)}")
+        return value
+
+    def required(self, entries: dict[str, _Field], key: str) -> _Field:
+        if key not in entries:
+            self.fail(f"has no {key!r}")
+        return entries[key]
+
+    def _unknown_key(self, key: str, known: Collection[str]) -> NoReturn:
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(known)}"
+        self.fail(f"has the unknown key {key!r}; {hint}")
+
+
+def _type_name(value: object) -> str:
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+    }
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _message(field: _Field, index: int) -> Message:
+    entries = field.entries(_COMMON_KEYS + _ASSISTANT_KEYS + _IGNORED_KEYS + _NULL_KEYS)
+    role = field.required(entries, "role").choice(ROLES)
+    for key in _NULL_KEYS:
+        if key in entries and entries[key].value != []:
+            entries[key].fail("is not supported; it may only be null")
+    if role == "system" and index > 0:
+        field.fail("is a system message; only the first message may be one")
+    if role == "assistant":
+        return _assistant(field, entries)
+    for key in _ASSISTANT_KEYS:
+        if key in entries:
+            entries[key].fail(f"belongs to assistant messages; this one's role is {role!r}")
+    parts = _parts(field.required(entries, "content"), images=role == "user")
+    return Message("system" if role == "system" else "user" if role == "user" else "tool", parts)
+
+
+def _assistant(field: _Field, entries: dict[str, _Field]) -> Message:
+    content = _parts(entries["content"], images=False) if "content" in entries else None
+    calls = entries["tool_calls"].items() if "tool_calls" in entries else []
+    reasoning = _reasoning(entries)
+    if content is None and reasoning is None and not calls:
+        field.fail("is an assistant message without 'content', 'reasoning_content' or 'tool_calls'")
+    text = "".join(part.text for part in content or ())
+    if reasoning is None:
+        reasoning, text = _split_thought(text)
+    parts = (Part("text", text),) if text else ()
+    return Message(
+        "assistant", parts, reasoning, tuple(_tool_call(call) for call in calls), _trained(entries)
+    )
+
+
+def _reasoning(entries: dict[str, _Field]) -> str | None:
+    given = [entries[key] for key in ("reasoning_content", "reasoning") if key in entries]
+    texts = [field.string() for field in given]
+    if len(set(texts)) > 1:
+        given[1].fail("differs from 'reasoning_content'; give one of the two")
+    return texts[0] if texts else None
+
+
+def _split_thought(text: str) -> tuple[str | None, str]:
+    match = _THOUGHT.match(text)
+    if match is None:
+        return None, text
+    return match.group(1).strip("\n"), text[match.end() :].lstrip("\n")
+
+
+def _trained(entries: dict[str, _Field]) -> bool:
+    given = [entries[key] for key in ("weight", "trained") if key in entries]
+    for field in given:
+        if field.value not in (0, 1):
+            field.fail(f"is {field.value!r}; allowed: true, false, 1, 0")
+    return all(bool(field.value) for field in given)
+
+
+def _parts(field: _Field, images: bool) -> tuple[Part, ...]:
+    if isinstance(field.value, str):
+        return (Part("text", field.string()),)
+    if not isinstance(field.value, list):
+        field.wrong_type("a string or a list of parts")
+    return tuple(_part(item, images) for item in field.items())
+
+
+def _part(field: _Field, images: bool) -> Part:
+    entries = field.entries(("type", "text", "image_url"))
+    kind = field.required(entries, "type").choice(("text", "image_url"))
+    if len(entries) > 2:
+        field.fail(f"is of type {kind!r} and may hold only 'type' and {kind!r}")
+    content = field.required(entries, kind)
+    if kind == "text":
+        return Part("text", content.string())
+    if not images:
+        field.fail("is an image; images may stand in user messages only")
+    if isinstance(content.value, dict):
+        content = content.required(content.entries(("url", "detail")), "url")
+    if not content.string():
+        content.fail("is empty; expected a path or a file://, http(s):// or data: URL")
+    return Part("image", url=content.string())
+
+
+def _tool_call(field: _Field) -> ToolCall:
+    entries = field.entries(("id", "type", "index", "function"))
+    if "type" in entries:
+        entries["type"].choice(("function",))
+    function = field.required(entries, "function")
+    members = function.entries(("name", "arguments"))
+    name = function.required(members, "name").string()
+    return ToolCall(name, _arguments(function.required(members, "arguments")))
+
+
+def _arguments(field: _Field) -> dict[str, Any]:
+    value = field.value
+    if isinstance(value, str):
+        try:
+            value = json.loads(value or "{}")
+        except json.JSONDecodeError as error:
+            field.fail(f"is not valid JSON: {error}")
+    if not isinstance(value, dict):
+        field.wrong_type("an object, or a string holding a JSON object")
+    return value
+
+
+def _tool(field: _Field) -> dict[str, Any]:
+    entries = field.entries(("type", "function"))
+    field.required(entries, "type").choice(("function",))
+    function = field.required(entries, "function")
+    members = function.entries(("name", "description", "parameters", "strict"))
+    function.required(members, "name").string()
+    if "description" in members:
+        members["description"].string()
+    if "parameters" in members and not isinstance(members["parameters"].value, dict):
+        members["parameters"].wrong_type("an object (a JSON schema)")
+    assert isinstance(field.value, dict)
+    return field.value

@@ -1,0 +1,78 @@
+"""What a configuration would do, from the model's shapes alone: no weights, no gigabytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+
+from ernietune.checkpoint.names import parameter_shapes
+from ernietune.config import Config, LoraSection
+from ernietune.errors import ConfigError
+from ernietune.lora import LoraSpec, Shapes, choose_trained, parameter_table
+from ernietune.models.config import SHAPES, ModelConfig
+from ernietune.train.log import console
+
+
+def lora_spec(lora: LoraSection) -> LoraSpec:
+    """The adapters of a configuration."""
+    return LoraSpec(
+        lora.rank, lora.alpha, tuple(lora.targets), tuple(lora.exclude), lora.dropout, lora.rslora
+    )
+
+
+def print_plan(config: Config) -> None:
+    """`train --dry-run`: the geometry, what trains, and the size of a step."""
+    geometry = model_geometry(config)
+    shapes = parameter_shapes(geometry)
+    train, data = config.train, config.data
+    console.print(f"model {config.model.path}: {geometry.model_type}, {geometry.num_hidden_layers} layers")
+    print_table(shapes, config)
+    length = f"{train.steps} steps" if train.steps else f"{train.epochs} epochs"
+    console.print(
+        f"{length} of {train.accumulation} x {train.rows} rows of at most {data.max_length} tokens "
+        f"({train.accumulation * train.rows * data.max_length:,} a step); "
+        f"learning rate {train.learning_rate:g} ({train.schedule}, {train.warmup_steps} warm-up steps)"
+    )
+    console.print(f"data: {', '.join(data.train)}; output: {train.output}")
+
+
+def model_geometry(config: Config) -> ModelConfig:
+    """From the model folder when it is there, else from `model.shape`."""
+    folder = Path(config.model.path)
+    if (folder / "config.json").is_file():
+        return ModelConfig.from_folder(folder)
+    if config.model.shape is None:
+        raise ConfigError(
+            f"model.path: {folder} is not a local model folder; set model.shape ({', '.join(SHAPES)}) to plan without it"
+        )
+    if config.model.shape not in SHAPES:
+        raise ConfigError(f"model.shape: {config.model.shape!r} is none of {', '.join(SHAPES)}")
+    return ModelConfig.from_dict(SHAPES[config.model.shape], f"shape {config.model.shape}")
+
+
+def print_table(shapes: Shapes, config: Config) -> None:
+    """Module groups, adapted or frozen, with counts, rank, parameters and their share of the model."""
+    spec = lora_spec(config.lora) if config.lora.enabled else None
+    trained = [] if spec else choose_trained(shapes, config.train.trainable)
+    rows = parameter_table(shapes, spec, trained)
+    trainable = sum(row.trainable for row in rows)
+    total = sum(row.parameters for row in rows)
+    if spec:
+        title = f"LoRA rank {spec.rank}, alpha {spec.effective_alpha:g}, scale {spec.scale:.4g}"
+    else:
+        title = "full fine-tuning"
+    table = Table(title=f"{title}: {trainable:,} trainable, {trainable / total:.2%} of {total:,}")
+    for name in ("group", "adapted", "frozen", "rank", "trainable", "parameters", "share"):
+        table.add_column(name, justify="left" if name == "group" else "right")
+    for row in rows:
+        cells = (
+            row.adapted or "-",
+            row.frozen or "-",
+            row.rank or "-",
+            f"{row.trainable:,}",
+            f"{row.parameters:,}",
+        )
+        share = f"{row.trainable / row.parameters:.2%}"
+        table.add_row(row.group, *(str(cell) for cell in cells), share)
+    console.print(table)

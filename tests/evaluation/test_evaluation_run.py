@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from ernietune.errors import DataError
+from ernietune.evaluation.run import evaluate, print_report, write_report
+from tests.fakes import engine
+
+
+def write(path: Path, *records: dict) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def record(question: object, answer: str) -> dict:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    Image.new("RGB", (84, 56), (255, 0, 0)).save(tmp_path / "red.png")
+    parts = [{"type": "image_url", "image_url": {"url": "red.png"}}, {"type": "text", "text": "Colour?"}]
+    return write(tmp_path / "vl.jsonl", record(parts, "red"))
+
+
+def test_counts_and_keeps_every_answer(tmp_path: Path) -> None:
+    data = write(tmp_path / "d.jsonl", record("a?", "Paris"), record("b?", "Rome"), record("c?", "paris."))
+    report = evaluate(engine(" Paris.\n"), data)
+    assert (report.n, report.correct) == (3, 2)
+    assert report.accuracy == pytest.approx(2 / 3)
+    # Wilson for 2 of 3, by hand: (2/3 + 0.6402 +- 1.96 sqrt(0.07407 + 0.10671)) / 2.2805
+    assert report.interval == pytest.approx((0.2077, 0.9385), abs=1e-3)
+    assert [o.correct for o in report.outcomes] == [True, False, True]
+    assert report.outcomes[1].where == f"{data}:2"
+    assert (report.outcomes[1].expected, report.outcomes[1].got) == ("Rome", " Paris.\n")
+
+
+def test_the_expected_answer_is_not_in_the_prompt(tmp_path: Path) -> None:
+    spoken = engine("x")
+    evaluate(spoken, write(tmp_path / "d.jsonl", record("abc", "a long expected answer")))
+    assert spoken.model.seen[0].ids.shape[0] == 3
+
+
+def test_the_thought_is_not_compared(tmp_path: Path) -> None:
+    spoken = engine("Hm, France.\n</think>\n\n<response>\nParis\n</response>\n")
+    assert evaluate(spoken, write(tmp_path / "d.jsonl", record("?", "Paris"))).correct == 1
+
+
+def test_limit_takes_the_first_records(tmp_path: Path) -> None:
+    data = write(tmp_path / "d.jsonl", *(record("?", str(i)) for i in range(5)))
+    seen = []
+    report = evaluate(engine("0"), data, limit=2, on_outcome=seen.append)
+    assert (report.n, report.correct) == (2, 1)
+    assert tuple(seen) == report.outcomes
+
+
+def test_blank_pictures_are_grey_and_of_the_same_size(pictures: Path) -> None:
+    seeing, blind = engine("red", is_vl=True), engine("red", is_vl=True)
+    evaluate(seeing, pictures)
+    report = evaluate(blind, pictures, blank_images=True)
+    assert report.blank_images
+    assert seeing.model.seen[0].grids == blind.model.seen[0].grids == ((1, 4, 6),)
+    red, grey = (e.model.seen[0].patches.numpy().reshape(24, 3, 196) for e in (seeing, blind))
+    # Every channel of the grey picture is one value, and the red one differs from it.
+    assert np.ptp(grey, axis=(0, 2)).tolist() == [0, 0, 0]
+    assert not np.allclose(red, grey)
+
+
+def test_records_without_an_answer_are_named(tmp_path: Path) -> None:
+    asked = {"messages": [{"role": "user", "content": "?"}]}
+    data = write(tmp_path / "d.jsonl", record("?", "x"), asked)
+    with pytest.raises(DataError, match=r"d\.jsonl:2: the last message"):
+        evaluate(engine("x"), data)
+
+
+def test_a_missing_picture_names_the_record(tmp_path: Path) -> None:
+    parts = [{"type": "image_url", "image_url": {"url": "none.png"}}]
+    with pytest.raises(DataError, match=r"d\.jsonl:1: .*none\.png"):
+        evaluate(engine("x", is_vl=True), write(tmp_path / "d.jsonl", record(parts, "x")))
+
+
+def test_the_report_file_and_the_table(tmp_path: Path) -> None:
+    data = write(tmp_path / "d.jsonl", record("a?", "Paris"), record("b?", "[bold]Rome"))
+    report = evaluate(engine("Paris"), data)
+    write_report(report, tmp_path / "out" / "report.json")
+    content = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert (content["n"], content["correct"], content["accuracy"]) == (2, 1, 0.5)
+    assert content["interval"] == list(report.interval)
+    assert content["outcomes"][1] == {
+        "where": f"{data}:2",
+        "expected": "[bold]Rome",
+        "got": "Paris",
+        "correct": False,
+    }
+    out = io.StringIO()
+    print_report(report, Console(file=out, width=200))
+    assert "1 of 2 right, accuracy 50.0%" in out.getvalue()
+    assert "[bold]Rome" in out.getvalue()

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ernietune.errors import RequestError
+from ernietune.infer.engine import Turns
+from ernietune.infer.request import ContextLengthError, SamplingParams
+from ernietune.text.messages import Conversation, Message, Part
+from tests.fakes import END, EOS, PLACEHOLDER, START, engine, tokens
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=50)
+
+
+def ask(text: str, *pictures: str) -> Conversation:
+    parts = [Part("image", url=url) for url in pictures] + [Part("text", text)]
+    return Conversation((Message("user", tuple(parts)),))
+
+
+def picture(_: str) -> Image.Image:
+    return Image.new("RGB", (84, 56), "red")
+
+
+def test_the_answer_ends_at_the_turn_end() -> None:
+    spoken = engine("Paris.")
+    completion = spoken.generate(spoken.prepare(ask("Capital?")), GREEDY)
+    assert completion.text == "Paris."
+    assert completion.finish_reason == "stop"
+    assert completion.ids == (*tokens("Paris."), EOS)
+    assert (completion.prompt_tokens, completion.completion_tokens) == (8, 7)
+
+
+@pytest.mark.parametrize(("max_tokens", "text", "reason"), [(6, "Paris.", "length"), (7, "Paris.", "stop")])
+def test_finish_reason_at_the_limit(max_tokens: int, text: str, reason: str) -> None:
+    # The 7th token is the turn end: an answer that is complete was not cut off.
+    spoken = engine("Paris.")
+    completion = spoken.generate(
+        spoken.prepare(ask("?")), SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    )
+    assert (completion.text, completion.finish_reason) == (text, reason)
+
+
+def test_ignore_eos_goes_on() -> None:
+    spoken = engine("ab")
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    completion = spoken.generate(spoken.prepare(ask("?")), params)
+    assert (completion.text, completion.finish_reason) == ("ababab"[:6], "length")
+
+
+def test_stop_ids_end_the_answer() -> None:
+    spoken = engine("Paris.")
+    params = SamplingParams(temperature=0.0, stop_ids=tuple(tokens("r")))
+    assert spoken.generate(spoken.prepare(ask("?")), params).text == "Pa"
+
+
+def test_deltas_are_whole_characters_and_never_a_stop_string() -> None:
+    spoken = engine("北京。\nUser: more", end=False)
+    params = SamplingParams(temperature=0.0, max_tokens=100, stop=("\nUser:",))
+    deltas = list(spoken.stream(spoken.prepare(ask("?")), params))
+    assert [delta.text for delta in deltas if delta.text] == ["北", "京", "。"]
+    assert deltas[-1].finish_reason == "stop"
+    assert sum(len(delta.ids) for delta in deltas) == len("北京。\nUser:".encode())
+
+
+def test_held_text_comes_out_at_the_end() -> None:
+    spoken = engine("a\nUser")
+    params = SamplingParams(temperature=0.0, stop=("\nUser:",))
+    assert spoken.generate(spoken.prepare(ask("?")), params).text == "a\nUser"
+
+
+def test_a_prompt_without_room_for_an_answer_is_refused_with_numbers() -> None:
+    spoken = engine(max_length=10)
+    with pytest.raises(ContextLengthError, match="prompt has 10 tokens but the context holds 10"):
+        spoken.prepare(ask("0123456789"))
+    request = spoken.prepare(ask("012345678"))
+    assert spoken.generate(request, SamplingParams(temperature=0.0)).text == "H"
+    with pytest.raises(ContextLengthError, match="at most 1 can be generated"):
+        spoken.stream(request, SamplingParams(max_tokens=2))
+
+
+def test_a_text_model_refuses_pictures() -> None:
+    with pytest.raises(RequestError, match="reads text only"):
+        engine().prepare(ask("?", "red.png"), picture)
+
+
+def test_a_placeholder_in_the_text_is_refused() -> None:
+    spoken = engine(is_vl=True)
+    spoken.template.render = lambda *_, **__: type("R", (), {"ids": [PLACEHOLDER, 20], "media": []})()
+    with pytest.raises(RequestError, match="1 picture placeholders for pictures of 0 tokens"):
+        spoken.prepare(ask("?"))
+
+
+def test_pictures_get_routing_positions_and_pixels() -> None:
+    spoken = engine(is_vl=True)
+    request = spoken.prepare(ask("?", "red.png"), picture)
+    # 84 x 56 pixels are 4 rows of 6 patches, 2 x 3 tokens, with a start and an end around them.
+    assert request.ids.tolist() == [START] + [PLACEHOLDER] * 6 + [END] + tokens("?")
+    assert request.grids == ((1, 4, 6),)
+    assert request.patches is not None
+    assert request.patches.shape == (24, 588)
+    assert request.patches.dtype == np.float32
+    assert request.is_vision is not None
+    assert request.is_vision.tolist() == [True] * 8 + [False]
+    assert request.positions[:, 2].tolist() == [0, 1, 2, 3, 1, 2, 3, 4, 5]
+    assert request.next_position == 6
+
+
+def test_pixels_are_read_once_and_positions_go_on_after_the_largest() -> None:
+    spoken = engine("abc", is_vl=True)
+    request = spoken.prepare(ask("?", "red.png"), picture)
+    spoken.generate(request, GREEDY)
+    prefill, *steps = spoken.model.seen
+    assert prefill.patches is not None
+    assert prefill.grids == ((1, 4, 6),)
+    assert all(step.patches is None and step.grids == () for step in steps)
+    assert [step.positions.numpy().tolist() for step in steps] == [[[p] * 3] for p in (6, 7, 8)]
+    assert [step.is_vision.numpy().tolist() for step in steps] == [[False]] * 3
+
+
+def test_template_options_reach_the_template() -> None:
+    spoken = engine()
+    spoken.prepare(ask("?"), enable_thinking=True)
+    assert spoken.template.options == {"enable_thinking": True}
+
+
+def test_closing_a_stream_frees_the_model() -> None:
+    spoken = engine("endless", end=False)
+    request = spoken.prepare(ask("?"))
+    first = spoken.stream(request, GREEDY)
+    assert next(first).text == "e"
+    waiting = spoken.stream(request, GREEDY)
+    assert next(waiting).ids == ()  # not its turn
+    first.close()
+    assert next(waiting).text == "e"
+    waiting.close()
+
+
+def test_a_waiting_request_can_leave_the_queue() -> None:
+    spoken = engine("endless", end=False)
+    request = spoken.prepare(ask("?"))
+    first, second, third = (spoken.stream(request, GREEDY) for _ in range(3))
+    assert next(first).ids
+    assert not next(second).ids
+    assert not next(third).ids
+    second.close()
+    first.close()
+    assert next(third).ids
+    third.close()
+
+
+def test_requests_from_threads_are_served_in_order_and_whole() -> None:
+    spoken = engine("one answer")
+    request = spoken.prepare(ask("?"))
+    answers: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(spoken.generate(request, GREEDY).text))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert answers == ["one answer"] * 4
+
+
+def test_turns_go_to_who_came_first() -> None:
+    turns = Turns()
+    tickets = [turns.join() for _ in range(3)]
+    assert [turns.wait(ticket, 0) for ticket in tickets] == [True, False, False]
+    turns.leave(tickets[1])
+    assert not turns.wait(tickets[2], 0)
+    turns.leave(tickets[0])
+    assert turns.wait(tickets[2], 0)
