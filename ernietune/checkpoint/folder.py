@@ -20,10 +20,11 @@ def side_files(folder: Path) -> list[Path]:
     return [path for path in files if not path.name.endswith(_WEIGHT_SUFFIXES)]
 
 
-def copy_side_files(source: Path, folder: Path) -> None:
-    """Copy every side file of `source` into `folder`, unchanged."""
+def copy_side_files(source: Path, folder: Path, without: tuple[str, ...] = ()) -> None:
+    """Copy every side file of `source` into `folder`, unchanged, but for the names in `without`."""
     for path in side_files(source):
-        shutil.copyfile(path, folder / path.name)
+        if path.name not in without:
+            shutil.copyfile(path, folder / path.name)
 
 
 @contextmanager
