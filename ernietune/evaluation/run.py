@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from rich.console import Console
@@ -84,7 +85,7 @@ def evaluate(
     limit: int | None = None,
     max_tokens: int = 128,
     on_outcome: Callable[[Outcome], None] | None = None,
-    **template_options: object,
+    **template_options: Any,
 ) -> Report:
     """Answer the records greedily; the last assistant message of each is the expected answer.
 
@@ -120,7 +121,7 @@ def read_questions(data: str | Path) -> Iterator[Question]:
 
 
 def _answer(
-    engine: Engine, question: Question, params: SamplingParams, blank: bool, options: dict[str, object]
+    engine: Engine, question: Question, params: SamplingParams, blank: bool, options: dict[str, Any]
 ) -> Outcome:
     def open_picture(url: str) -> Image.Image:
         picture = open_image(url, question.folder)
