@@ -33,10 +33,10 @@ class Source:
 
         An adapter names its base; to put it on another one give that as `path` and the adapter as `adapter`.
         """
-        weights = checkpoint_in(Path(path))
+        weights = checkpoint_in(Path(path).expanduser().absolute())
         run = _run_config(weights)
         if not (weights / _ADAPTER_FILE).is_file():
-            folder = weights if weights != Path(path) else hub.resolve(str(path))
+            folder = weights if weights.is_dir() else hub.resolve(str(path))
             return cls(folder, checkpoint_in(Path(adapter)) if adapter else None, run)
         if adapter is not None:
             raise CheckpointError(
