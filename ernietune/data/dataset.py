@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,15 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ernietune.data.formats import Source, to_conversation
-from ernietune.data.positions import media_tokens, positions_3d
 from ernietune.errors import DataError
 from ernietune.media.image import ImageLimits, image_to_patches, open_image
 from ernietune.text.messages import Conversation
+from ernietune.text.positions import media_tokens, positions_3d
 from ernietune.text.template import IGNORE, Rendered, Template
 
 PATCH_VALUES = 588  # 3 channels of 14 x 14 pixels
 Overlong = Literal["error", "skip", "truncate"]
-Reason = Literal["malformed", "image", "no answer", "nothing trained", "too long"]
+Reason = Literal["malformed", "image", "chat format", "no answer", "nothing trained", "too long"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +36,7 @@ class Sample:
     grids: NDArray[np.int64]  # [N, 3] as (t, gh, gw)
     where: str
     cut: int = 0  # messages cut from the end because the conversation was too long
+    untrained_turns: int = 0  # answers that ask for training, but stand where no generation would write them
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -70,7 +71,7 @@ class VisionTokens:
 class Encoder:
     """How conversations become samples of at most `max_length` tokens.
 
-    `vision` and `limits` are None for a model that reads text only.
+    `vision` and `limits` are None for a model that reads text only; `template_options` go to every `render`.
     """
 
     template: Template
@@ -78,7 +79,7 @@ class Encoder:
     overlong: Overlong = "error"
     vision: VisionTokens | None = None
     limits: ImageLimits | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)  # for the chat format, such as enable_thinking
+    template_options: Mapping[str, Any] = field(default_factory=dict)
 
     def encode(self, conversation: Conversation, where: str, folder: Path | None = None) -> Sample | Skipped:
         """Encode one conversation; relative image paths start from `folder`.
@@ -91,7 +92,7 @@ class Encoder:
                 "no answer", f"{where}: the last message must be the assistant's, it is what is trained"
             )
         pictures = self._pictures(conversation, where, folder)
-        rendered = self._render(conversation, pictures)
+        rendered = self._render(conversation, pictures, where)
         if len(rendered.ids) > self.max_length:
             return self._too_long(conversation, pictures, len(rendered.ids), where)
         if not trained_tokens(rendered):
@@ -114,8 +115,12 @@ class Encoder:
         except DataError as error:
             raise BadRecord("image", f"{where}: {error}") from error
 
-    def _render(self, conversation: Conversation, pictures: Sequence[Picture]) -> Rendered:
-        return self.template.render(conversation, [self._tokens(picture) for picture in pictures], **self.options)
+    def _render(self, conversation: Conversation, pictures: Sequence[Picture], where: str) -> Rendered:
+        counts = [self._tokens(picture) for picture in pictures]
+        try:
+            return self.template.render(conversation, counts, **self.template_options)
+        except DataError as error:
+            raise BadRecord("chat format", f"{where}: {error}") from error
 
     def _tokens(self, picture: Picture) -> int:
         assert self.limits is not None
@@ -144,7 +149,7 @@ class Encoder:
                 continue
             beginning = replace(conversation, messages=conversation.messages[:end])
             kept = pictures[: len(beginning.images)]
-            rendered = self._render(beginning, kept)
+            rendered = self._render(beginning, kept, where)
             if len(rendered.ids) <= self.max_length and trained_tokens(rendered):
                 return replace(self._sample(rendered, kept, where), cut=total - end)
         return None
@@ -165,6 +170,7 @@ class Encoder:
             patches=np.concatenate([empty, *(picture.patches for picture in pictures)]),
             grids=grids,
             where=where,
+            untrained_turns=rendered.untrained_turns,
         )
 
     def _check_placeholders(self, ids: NDArray[np.int64], rendered: Rendered, where: str) -> None:
@@ -239,10 +245,11 @@ class Dataset:
 
 @dataclass
 class DropLog:
-    """What was left out of the training data: whole records, and the ends of conversations that were cut."""
+    """What is not trained: whole records, the ends of conversations that were cut, single answers."""
 
     dropped: dict[str, Skipped] = field(default_factory=dict)  # by file:line, so a second epoch adds nothing
     cut: dict[str, int] = field(default_factory=dict)  # file:line -> messages cut
+    untrained: dict[str, int] = field(default_factory=dict)  # file:line -> answers that are not trained
 
     @property
     def counts(self) -> dict[str, int]:
@@ -250,17 +257,22 @@ class DropLog:
         return dict(Counter(entry.reason for entry in self.dropped.values()))
 
     def note(self, result: Sample | Skipped) -> None:
-        """Remember a skipped record or a cut one."""
+        """Remember a skipped record, a cut one, and one that is trained in part only."""
         if isinstance(result, Skipped):
             self.dropped[result.where] = result
-        elif result.cut:
+            return
+        if result.cut:
             self.cut[result.where] = result.cut
+        if result.untrained_turns:
+            self.untrained[result.where] = result.untrained_turns
 
     def write(self, path: str | Path) -> None:
-        """Write one JSON line for each record that was dropped or cut."""
-        with open(path, "w", encoding="utf-8") as handle:
-            for entry in self.dropped.values():
-                line = {"where": entry.where, "reason": entry.reason, "detail": entry.detail}
-                handle.write(json.dumps(line, ensure_ascii=False) + "\n")
-            for where, messages in self.cut.items():
-                handle.write(json.dumps({"where": where, "reason": "cut", "messages": messages}) + "\n")
+        """Write one JSON line for each record that was dropped, cut or trained in part only."""
+        lines: list[dict[str, Any]] = [asdict(entry) for entry in self.dropped.values()]
+        lines += [{"where": where, "reason": "cut", "messages": count} for where, count in self.cut.items()]
+        lines += [
+            {"where": where, "reason": "untrained turns", "turns": count}
+            for where, count in self.untrained.items()
+        ]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        Path(path).write_text(text, encoding="utf-8")

@@ -105,7 +105,7 @@ def dataset(data: DataSection, paths: list[str], processor: Processor) -> Datase
         overlong=data.overlong,  # type: ignore[arg-type]
         vision=vision,
         limits=processor.limits_with(data.min_pixels, data.max_pixels),
-        options={"enable_thinking": data.enable_thinking, "train_all_turns": data.train_all_turns},
+        template_options={"enable_thinking": data.enable_thinking, "train_all_turns": data.train_all_turns},
     )
     return Dataset([open_source(path) for path in paths], encoder, data.on_error)  # type: ignore[arg-type]
 

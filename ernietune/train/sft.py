@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import paddle
 from ernietune_kernels import linear_cross_entropy
@@ -14,11 +14,6 @@ from ernietune.media.image import normalize
 from ernietune.models.decoder import CausalLM, Inputs
 from ernietune.text.template import IGNORE
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    Objective = Callable[[CausalLM, Batch], "LossSums"]
-
 
 @dataclass(frozen=True)
 class LossSums:
@@ -27,6 +22,9 @@ class LossSums:
     total: Tensor
     count: int
     metrics: dict[str, float] = field(default_factory=dict)
+
+
+Objective = Callable[[CausalLM, Batch], LossSums]
 
 
 def to_inputs(batch: Batch) -> Inputs:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from ernietune.data.dataset import Dataset, DropLog, Encoder, Sample, Skipped
 from ernietune.data.formats import open_source
 from ernietune.errors import DataError
 from ernietune.text.messages import parse_conversation
-from ernietune.text.template import IGNORE
+from ernietune.text.template import IGNORE, Rendered
 
 A, B, X, Y = (ord(letter) for letter in "abxy")
 
@@ -97,21 +98,40 @@ def test_every_bad_record_names_its_line(tmp_path: Path, record: object, text: s
 def test_a_record_without_trained_tokens_is_an_error(tmp_path: Path) -> None:
     conversation = parse_conversation({"messages": turn("a", "x")}, "r")
     untrained = [
-        message if message.role == "user" else replace_trained(message) for message in conversation.messages
+        replace(message, trained=False) if message.role == "assistant" else message
+        for message in conversation.messages
     ]
     with pytest.raises(DataError, match="r: no token of this record is trained"):
         Encoder(LetterTemplate(), 32).encode(type(conversation)(tuple(untrained)), "r")
 
 
-def replace_trained(message):  # noqa: ANN001, ANN202
-    from dataclasses import replace
-
-    return replace(message, trained=False)
-
-
 def test_images_need_a_model_that_sees(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="reads text only"):
         one(tmp_path, {"messages": turn("a", "x", picture("red"))}, vision=None, limits=None)
+
+
+def test_what_the_chat_format_refuses_names_the_record(tmp_path: Path) -> None:
+    class Refusing(LetterTemplate):
+        def render(self, *args: object, **options: object) -> Rendered:
+            raise DataError(f"no such option: {options}")
+
+    path = write_lines(tmp_path / "d.jsonl", [{"messages": turn("a", "x")}])
+    encoder = Encoder(Refusing(), 32, template_options={"enable_thinking": True})
+    with pytest.raises(DataError, match=r"d\.jsonl:1: no such option: {'enable_thinking': True}"):
+        _ = Dataset([open_source(path)], encoder)[0]
+
+
+def test_turns_that_stay_untrained_are_in_the_log(tmp_path: Path) -> None:
+    class LastOnly(LetterTemplate):
+        def render(self, *args: object, **options: object) -> Rendered:
+            return replace(super().render(*args, **options), untrained_turns=2)
+
+    path = write_lines(tmp_path / "d.jsonl", [{"messages": turn("a", "x")}])
+    log = DropLog()
+    log.note(Dataset([open_source(path)], Encoder(LastOnly(), 32))[0])
+    log.write(tmp_path / "log.jsonl")
+    expected = {"where": f"{path}:1", "reason": "untrained turns", "turns": 2}
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == expected
 
 
 def test_a_placeholder_in_the_text_is_found(tmp_path: Path) -> None:
