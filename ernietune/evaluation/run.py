@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ernietune.data.formats import open_source, to_conversation
-from ernietune.errors import DataError
+from ernietune.errors import DataError, RequestError
 from ernietune.evaluation.metrics import exact_match, wilson_interval
 from ernietune.infer.engine import Engine
 from ernietune.infer.request import SamplingParams
@@ -95,6 +95,8 @@ def evaluate(
     gets right it did not see. `limit` takes the first records only. Raises DataError for a record without an
     answer, RequestError for a prompt that does not fit.
     """
+    if limit is not None and limit < 1:
+        raise RequestError(f"limit is {limit}; it must be at least 1")
     started = time.perf_counter()
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
     outcomes = []
@@ -129,9 +131,11 @@ def _answer(
 
     try:
         request = engine.prepare(question.conversation, open_picture, **options)
+        got = engine.generate(request, params).text
     except DataError as error:
         raise DataError(f"{question.where}: {error}") from error
-    got = engine.generate(request, params).text
+    except RequestError as error:
+        raise RequestError(f"{question.where}: {error}") from error
     return Outcome(question.where, question.expected, got, exact_match(question.expected, final_answer(got)))
 
 

@@ -20,7 +20,7 @@ from ernietune.infer.request import Completion, ContextLengthError, Delta, Reque
 from ernietune.infer.sampler import Sampler
 from ernietune.infer.source import Source
 from ernietune.infer.text_stream import TextStream
-from ernietune.media.image import ImageLimits, image_to_patches, normalize, open_image
+from ernietune.media.image import ImageLimits, image_to_patches, image_tokens, normalize, open_image
 from ernietune.models.decoder import CausalLM, Inputs
 from ernietune.text.messages import Conversation
 from ernietune.text.positions import positions_3d
@@ -28,7 +28,6 @@ from ernietune.text.template import Template
 from ernietune.text.tokenizer import Tokenizer
 
 _POLL_SECONDS = 0.1  # how often a waiting request looks whether it was cancelled
-_MERGED_PATCHES = 4  # 2 x 2 patches make one token
 
 
 class Engine:
@@ -100,16 +99,16 @@ class Engine:
             )
         pictures = [image_to_patches(open_picture(url), self.limits) for url in conversation.images]
         grids = tuple(grid for _, grid in pictures)
-        image_tokens = [rows * columns // _MERGED_PATCHES for _, rows, columns in grids]
+        counts = [image_tokens(grid, self.limits.merge_size) for grid in grids]
         options = self._template_options | options
-        rendered = self.template.render(conversation, image_tokens, add_generation_prompt=True, **options)
+        rendered = self.template.render(conversation, counts, add_generation_prompt=True, **options)
         if len(rendered.ids) >= self.max_length:
             raise ContextLengthError(
                 f"the prompt has {len(rendered.ids)} tokens but the context holds {self.max_length}, "
                 "the answer included; shorten the prompt or serve with a larger maximum length"
             )
         ids = np.array(rendered.ids, np.int64)
-        self._check_placeholders(ids, sum(image_tokens))
+        self._check_placeholders(ids, sum(counts))
         return Request(
             ids=ids,
             positions=positions_3d(len(ids), rendered.media, grids),
