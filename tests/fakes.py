@@ -57,8 +57,7 @@ class ScriptedModel:
             is_vl=is_vl,
             max_position_embeddings=4096,
             image_token_id=PLACEHOLDER,
-            video_token_id=None,
-            vision_marker_ids=(START, END),
+            vision_token_ids=(PLACEHOLDER, START, END),
         )
         self.steps = threading.Semaphore(0)
         self.stepwise = False

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from rich.console import Console
@@ -15,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ernietune.data.formats import open_source, to_conversation
-from ernietune.errors import DataError
+from ernietune.errors import DataError, RequestError
 from ernietune.evaluation.metrics import exact_match, wilson_interval
 from ernietune.infer.engine import Engine
 from ernietune.infer.request import SamplingParams
@@ -84,7 +85,7 @@ def evaluate(
     limit: int | None = None,
     max_tokens: int = 128,
     on_outcome: Callable[[Outcome], None] | None = None,
-    **template_options: object,
+    **template_options: Any,
 ) -> Report:
     """Answer the records greedily; the last assistant message of each is the expected answer.
 
@@ -94,6 +95,8 @@ def evaluate(
     gets right it did not see. `limit` takes the first records only. Raises DataError for a record without an
     answer, RequestError for a prompt that does not fit.
     """
+    if limit is not None and limit < 1:
+        raise RequestError(f"limit is {limit}; it must be at least 1")
     started = time.perf_counter()
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
     outcomes = []
@@ -120,7 +123,7 @@ def read_questions(data: str | Path) -> Iterator[Question]:
 
 
 def _answer(
-    engine: Engine, question: Question, params: SamplingParams, blank: bool, options: dict[str, object]
+    engine: Engine, question: Question, params: SamplingParams, blank: bool, options: dict[str, Any]
 ) -> Outcome:
     def open_picture(url: str) -> Image.Image:
         picture = open_image(url, question.folder)
@@ -128,9 +131,11 @@ def _answer(
 
     try:
         request = engine.prepare(question.conversation, open_picture, **options)
+        got = engine.generate(request, params).text
     except DataError as error:
         raise DataError(f"{question.where}: {error}") from error
-    got = engine.generate(request, params).text
+    except RequestError as error:
+        raise RequestError(f"{question.where}: {error}") from error
     return Outcome(question.where, question.expected, got, exact_match(question.expected, final_answer(got)))
 
 

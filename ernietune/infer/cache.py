@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import paddle
 from numpy.typing import NDArray
@@ -59,7 +61,7 @@ class _Rows:
 
     def _allocate(self, capacity: int, like: paddle.Tensor) -> None:
         self._buffer = paddle.empty([capacity, *like.shape[1:]], like.dtype)
-        self._view: NDArray[np.floating] | None = np.from_dlpack(self._buffer) if self._shared else None
+        self._view: NDArray[Any] | None = np.from_dlpack(self._buffer) if self._shared else None
 
     def _write(self, start: int, rows: paddle.Tensor) -> None:
         if self._view is None:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import paddle
 from numpy.typing import NDArray
+from PIL import Image
 
 from ernietune.errors import RequestError
 from ernietune.infer.cache import KVCache
 from ernietune.infer.request import Completion, ContextLengthError, Delta, Request, SamplingParams
 from ernietune.infer.sampler import Sampler
+from ernietune.infer.source import Source
 from ernietune.infer.text_stream import TextStream
-from ernietune.media.image import ImageLimits, image_to_patches, normalize, open_image
-from ernietune.models.config import ModelConfig
+from ernietune.media.image import ImageLimits, image_to_patches, image_tokens, normalize, open_image
 from ernietune.models.decoder import CausalLM, Inputs
 from ernietune.text.messages import Conversation
 from ernietune.text.positions import positions_3d
@@ -25,7 +28,6 @@ from ernietune.text.template import Template
 from ernietune.text.tokenizer import Tokenizer
 
 _POLL_SECONDS = 0.1  # how often a waiting request looks whether it was cancelled
-_MERGED_PATCHES = 4  # 2 x 2 patches make one token
 
 
 class Engine:
@@ -41,13 +43,37 @@ class Engine:
         template: Template,
         limits: ImageLimits | None = None,
         max_length: int | None = None,
+        template_options: Mapping[str, Any] | None = None,
     ) -> None:
-        """`limits` are the picture sizes; `max_length` bounds prompt and answer together, in tokens."""
+        """`limits` are the picture sizes; `max_length` bounds prompt and answer together, in tokens.
+
+        `template_options` hold for every prompt, unless `prepare` is told otherwise.
+        """
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.limits = limits or ImageLimits()
         self.max_length = max_length or model.config.max_position_embeddings
-        self._vision_ids = vision_ids(model.config)
+        self._template_options = dict(template_options or {})
         self._turns = Turns()
+
+    @classmethod
+    def load(
+        cls, path: str | Path, adapter: str | Path | None = None, max_length: int | None = None
+    ) -> Engine:
+        """Load a model folder, a hub id, an adapter, a run or one of its checkpoints.
+
+        Adapters are not merged. A run brings the chat format and picture sizes it was trained with.
+        """
+        source = Source.find(path, adapter)
+        processor = source.processor()
+        _check_length(max_length, processor.config.max_position_embeddings)
+        return cls(
+            source.model(processor),
+            processor.tokenizer,
+            processor.template,
+            processor.limits,
+            max_length,
+            source.template_options(),
+        )
 
     @property
     def reads_pictures(self) -> bool:
@@ -57,8 +83,8 @@ class Engine:
     def prepare(
         self,
         conversation: Conversation,
-        open_picture: Callable[[str], object] = open_image,
-        **options: object,
+        open_picture: Callable[[str], Image.Image] = open_image,
+        **options: Any,
     ) -> Request:
         """Open the pictures, render the prompt and check its length.
 
@@ -73,15 +99,16 @@ class Engine:
             )
         pictures = [image_to_patches(open_picture(url), self.limits) for url in conversation.images]
         grids = tuple(grid for _, grid in pictures)
-        image_tokens = [rows * columns // _MERGED_PATCHES for _, rows, columns in grids]
-        rendered = self.template.render(conversation, image_tokens, add_generation_prompt=True, **options)
+        counts = [image_tokens(grid, self.limits.merge_size) for grid in grids]
+        options = self._template_options | options
+        rendered = self.template.render(conversation, counts, add_generation_prompt=True, **options)
         if len(rendered.ids) >= self.max_length:
             raise ContextLengthError(
                 f"the prompt has {len(rendered.ids)} tokens but the context holds {self.max_length}, "
                 "the answer included; shorten the prompt or serve with a larger maximum length"
             )
         ids = np.array(rendered.ids, np.int64)
-        self._check_placeholders(ids, sum(image_tokens))
+        self._check_placeholders(ids, sum(counts))
         return Request(
             ids=ids,
             positions=positions_3d(len(ids), rendered.media, grids),
@@ -90,7 +117,7 @@ class Engine:
             grids=grids,
         )
 
-    def stream(self, request: Request, params: SamplingParams) -> Iterator[Delta]:
+    def stream(self, request: Request, params: SamplingParams) -> Generator[Delta, None, None]:
         """Generate step by step; the last delta has the finish reason. Closing the iterator cancels.
 
         Raises ContextLengthError at once when prompt and max_tokens exceed the context. While others are
@@ -111,7 +138,9 @@ class Engine:
         with closing(self.stream(request, params)) as deltas:
             return complete(deltas, len(request.ids))
 
-    def _take_turn(self, request: Request, params: SamplingParams, budget: int) -> Iterator[Delta]:
+    def _take_turn(
+        self, request: Request, params: SamplingParams, budget: int
+    ) -> Generator[Delta, None, None]:
         ticket = self._turns.join()
         try:
             while not self._turns.wait(ticket, _POLL_SECONDS):
@@ -120,7 +149,7 @@ class Engine:
         finally:
             self._turns.leave(ticket)
 
-    def _decode(self, request: Request, params: SamplingParams, budget: int) -> Iterator[Delta]:
+    def _decode(self, request: Request, params: SamplingParams, budget: int) -> Generator[Delta, None, None]:
         text, sampler, cache = TextStream(self.tokenizer, params.stop), Sampler(params), KVCache()
         ends = set(params.stop_ids) | (set() if params.ignore_eos else set(self.template.stop_ids))
         logits = self._forward(request, cache)
@@ -144,7 +173,7 @@ class Engine:
         return Request(ids, np.full((1, 3), position, np.int64), self._is_vision(ids))
 
     def _is_vision(self, ids: NDArray[np.int64]) -> NDArray[np.bool_] | None:
-        return np.isin(ids, self._vision_ids) if self.reads_pictures else None
+        return np.isin(ids, self.model.config.vision_token_ids) if self.reads_pictures else None
 
     def _check_placeholders(self, ids: NDArray[np.int64], expected: int) -> None:
         """The model puts pixels wherever the placeholder stands: a text must not bring some of its own."""
@@ -155,7 +184,6 @@ class Engine:
                 "remove the placeholder from the text and attach the picture"
             )
 
-    @paddle.no_grad()  # per step: a generator must not leave it switched on in its caller's thread
     def _forward(self, request: Request, cache: KVCache) -> NDArray[np.float32]:
         """Read the request's tokens into the cache; the logits [V] that follow its last token."""
         inputs = Inputs(
@@ -165,8 +193,9 @@ class Engine:
             patches=None if request.patches is None else paddle.to_tensor(request.patches),
             grids=request.grids,
         )
-        hidden = self.model(inputs, cache)
-        logits: NDArray[np.float32] = self.model.logits(hidden[-1:])[0].numpy()
+        with paddle.no_grad():  # not around the yields: it would stay switched on in the caller's thread
+            hidden = self.model(inputs, cache)
+            logits: NDArray[np.float32] = self.model.logits(hidden[-1:])[0].numpy()
         return logits
 
 
@@ -182,10 +211,11 @@ def complete(deltas: Iterator[Delta], prompt_tokens: int) -> Completion:
     raise AssertionError("a generation ended without a finish reason")
 
 
-def vision_ids(config: ModelConfig) -> list[int]:
-    """The tokens of the vision experts: placeholders, and the start and end of pictures and videos."""
-    placeholders = (config.image_token_id, config.video_token_id)
-    return [*config.vision_marker_ids, *(id for id in placeholders if id is not None)]
+def _check_length(max_length: int | None, supported: int) -> None:
+    if max_length is not None and not 2 <= max_length <= supported:
+        raise RequestError(
+            f"a maximum length of {max_length} tokens is impossible; this model takes 2 to {supported}"
+        )
 
 
 class Turns:

@@ -11,7 +11,7 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 class Decoder(Protocol):
     """The part of a tokenizer that turns ids into text."""
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: list[int]) -> str: ...
 
 
 class TextStream:

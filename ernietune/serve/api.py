@@ -12,7 +12,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing
 from pathlib import Path
@@ -139,7 +139,9 @@ def _local_file(url: str, media_folder: Path | None) -> Path:
     return resolved
 
 
-async def in_thread(deltas: Iterator[Delta], workers: ThreadPoolExecutor) -> AsyncIterator[Delta]:
+async def in_thread(
+    deltas: Generator[Delta, None, None], workers: ThreadPoolExecutor
+) -> AsyncGenerator[Delta, None]:
     """Run a generation in a worker thread; leaving the loop early cancels it at the next token."""
     loop = asyncio.get_running_loop()
     arrived: asyncio.Queue[Delta | None] = asyncio.Queue()
@@ -147,7 +149,7 @@ async def in_thread(deltas: Iterator[Delta], workers: ThreadPoolExecutor) -> Asy
 
     def work() -> None:
         try:
-            with closing(deltas):  # type: ignore[type-var]
+            with closing(deltas):
                 for delta in deltas:
                     if cancelled.is_set():
                         return
@@ -164,10 +166,10 @@ async def in_thread(deltas: Iterator[Delta], workers: ThreadPoolExecutor) -> Asy
         cancelled.set()
 
 
-async def _whole(answer: Answer, deltas: AsyncIterator[Delta], http: Request) -> Response:
+async def _whole(answer: Answer, deltas: AsyncGenerator[Delta, None], http: Request) -> Response:
     """The response in one piece; a client that hangs up ends the generation."""
     text, tokens = "", 0
-    async with aclosing(deltas):  # type: ignore[type-var]
+    async with aclosing(deltas):
         async for delta in deltas:
             text, tokens = text + delta.text, tokens + len(delta.ids)
             if delta.finish_reason is not None:
@@ -177,7 +179,9 @@ async def _whole(answer: Answer, deltas: AsyncIterator[Delta], http: Request) ->
     return Response(status_code=_CLIENT_CLOSED)
 
 
-async def _events(answer: Answer, deltas: AsyncIterator[Delta], body: ChatRequest) -> AsyncIterator[str]:
+async def _events(
+    answer: Answer, deltas: AsyncGenerator[Delta, None], body: ChatRequest
+) -> AsyncIterator[str]:
     """Server-sent events: the role, the text as it comes, the finish reason, the usage, [DONE]."""
     options = body.stream_options
     running = options is not None and options.continuous_usage_stats
@@ -188,7 +192,7 @@ async def _events(answer: Answer, deltas: AsyncIterator[Delta], body: ChatReques
 
     yield event(answer.chunk({"role": "assistant", "content": ""}))
     try:
-        async with aclosing(deltas):  # type: ignore[type-var]
+        async with aclosing(deltas):
             async for delta in deltas:
                 tokens += len(delta.ids)
                 if delta.text:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from ernietune.errors import DataError, ErnietuneError
 from ernietune.infer.engine import Engine
@@ -31,7 +31,7 @@ def chat(
     system: str | None = None,
     read: Callable[[str], str] = input,
     out: TextIO | None = None,
-    **template_options: object,
+    **template_options: Any,
 ) -> None:
     """Read messages and stream answers until `exit` or the end of the input.
 
@@ -50,7 +50,7 @@ class Chat:
         params: SamplingParams,
         system: str | None,
         out: TextIO,
-        options: dict[str, object],
+        options: dict[str, Any],
     ) -> None:
         self._engine, self._params, self._out, self._options = engine, params, out, options
         self._start = [Message("system", (Part("text", system),))] if system else []

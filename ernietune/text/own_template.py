@@ -32,7 +32,7 @@ _ROLES_IN_PARTS = (
     frozenset(["system", "user", "assistant", "tool"]),
     frozenset(["system", "assistant", "tool"]),
 )
-_EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*$")
+_THOUGHT_AT_END = re.compile(r"<think>\s*(</think>\s*)?$")
 
 _Turn = tuple[str, str]
 """(prompt, answer with its turn end) of one assistant message."""
@@ -46,6 +46,7 @@ class OwnTemplate:
         self._named_tokens = tokenizer.named_tokens
         # Templates know images under one of two names, OpenAI's or transformers'.
         self._image_type = "image_url" if "image_url" in source else "image"
+        self._knows_reasoning = "reasoning_content" in source
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:
@@ -96,9 +97,9 @@ class OwnTemplate:
         script = _script(conversation.messages, turns, whole)
         if script.untrained_turns and not generate and not any(span.trained for span in script.spans):
             raise DataError(
-                "no assistant turn can be trained with the checkpoint's chat_template: a finished turn "
-                "does not begin as its generation prompt does, or has no end-of-turn token; for a model that "
-                "always thinks give 'reasoning_content', otherwise choose a built-in chat format"
+                "no assistant turn can be trained with the checkpoint's chat_template: a finished turn does "
+                "not begin as its generation prompt does, leaves out a part of the message or has no "
+                "end-of-turn token; choose one of the built-in chat formats"
             )
         return script
 
@@ -135,18 +136,23 @@ class OwnTemplate:
 
     def _message(self, message: Message, guard: Guard) -> dict[str, Any]:
         result: dict[str, Any] = {"role": message.role, "content": self._content(message, guard)}
-        if message.reasoning is not None:
+        if message.reasoning is not None and self._knows_reasoning:
             result["reasoning_content"] = guard.protect(message.reasoning)
         if message.tool_calls:
-            functions = [{"name": c.name, "arguments": c.arguments} for c in message.tool_calls]
+            functions = [{"name": call.name, "arguments": call.arguments} for call in message.tool_calls]
             calls = [{"type": "function", "function": function} for function in functions]
             result["tool_calls"] = guard.protect_all(calls)
         return result
 
     def _content(self, message: Message, guard: Guard) -> str | list[dict[str, Any]]:
+        thought = ""
+        if message.reasoning is not None and not self._knows_reasoning:
+            # Such templates look for the thought inside of the content, where ERNIE's data sets have it.
+            thought = f"<think>\n{guard.protect(message.reasoning)}\n</think>\n"
         if message.role not in self._roles_in_parts and all(part.kind == "text" for part in message.parts):
-            return guard.protect(message.text)
-        return [self._part(part, guard) for part in message.parts]
+            return thought + guard.protect(message.text)
+        before = [{"type": "text", "text": thought}] if thought else []
+        return before + [self._part(part, guard) for part in message.parts]
 
     def _part(self, part: Part, guard: Guard) -> dict[str, Any]:
         if part.kind == "text":
@@ -175,29 +181,43 @@ class _Renderer:
             return None
         prompt = self(index, generate=True)
         finished = self(index + 1, generate=False)
-        for stem in self._stems(index, prompt):
+        for stem, opening in self._joints(index, prompt):
             if finished.startswith(stem):
                 answer = self._up_to_turn_end(finished[len(stem) :])
-                return (prompt, answer) if answer else None
+                whole = self._is_whole(index, answer, joins_directly=prompt == stem)
+                return (prompt, opening + answer) if whole else None
         return None
 
-    def _stems(self, index: int, prompt: str) -> list[str]:
-        """What a finished turn may begin with: the prompt, or the prompt less the empty thought it ends with.
+    def _joints(self, index: int, prompt: str) -> list[tuple[str, str]]:
+        """Where a prompt and a finished turn may meet: (what the turn begins with, what the answer adds).
 
-        With thinking off, ERNIE's prompts close a thought that finished turns do not show.
+        A prompt may end with a thought that finished turns without reasoning do not show: closed, with
+        thinking off, or still open, and then the answer has to close it.
         """
-        thought = _EMPTY_THOUGHT.search(prompt)
-        if self._reasoned[index] or thought is None:
-            return [prompt]
-        stem = prompt[: thought.start()]
-        return [prompt, stem, stem.removesuffix("\n")]
+        joints = [(prompt, "")]
+        thought = _THOUGHT_AT_END.search(prompt)
+        if thought is not None and not self._reasoned[index]:
+            blank = "" if prompt.endswith("\n") else "\n"
+            opening = "" if thought.group(1) else f"{blank}\n</think>\n\n"
+            stem = prompt[: thought.start()]
+            joints += [(stem, opening), (stem.removesuffix("\n"), opening)]
+        return joints
 
-    def _up_to_turn_end(self, text: str) -> str | None:
-        ends = [(text.find(token), token) for token in self._template.turn_ends if token in text]
-        if not ends:
-            return None
-        position, token = min(ends)
-        return text[: position + len(token)]
+    def _up_to_turn_end(self, text: str) -> str:
+        """The text with its first turn-end token; "" when there is none."""
+        ends = [text.find(token) + len(token) for token in self._template.turn_ends if token in text]
+        return text[: min(ends)] if ends else ""
+
+    def _is_whole(self, index: int, answer: str, joins_directly: bool) -> bool:
+        """Whether an answer shows all that its message says, and no thought besides the prompt's."""
+        message = self._messages[index]
+        said = [_text_of(message["content"]), message.get("reasoning_content", "")]
+        complete = all(text.strip() in answer for text in said)
+        return bool(answer) and complete and (joins_directly or "<think>" not in answer)
+
+
+def _text_of(content: str | list[dict[str, Any]]) -> str:
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def _script(messages: Sequence[Message], turns: dict[int, _Turn | None], whole: str) -> Script:

@@ -105,7 +105,10 @@ class Template:
 
 
 def _kind_by_name(folder: Path, model_type: str) -> str:
-    thinking = "thinking" in folder.resolve().name.lower()
+    folder = folder.resolve()
+    # A hub cache names its folders <repository>/snapshots/<commit>.
+    name = folder.parents[1].name if folder.parent.name == "snapshots" else folder.name
+    thinking = "thinking" in name.lower()
     if model_type in _VL_MODEL_TYPES:
         return "vl_thinking" if thinking else "vl"
     return "thinking" if thinking else "text"
@@ -321,23 +324,21 @@ def _after_last_user(conversation: Conversation) -> int:
 
 def _read_options(options: dict[str, Any]) -> tuple[bool | None, bool]:
     """(thinking on, off or None; train all turns) from the options of a request or a configuration."""
-    train_all = bool(options.pop("train_all_turns", False))
-    enable = options.pop("enable_thinking", None)
     nested = options.pop("options", None) or {}
-    mode = nested.get("thinking_mode", options.pop("thinking_mode", None))
-    if options:
+    if not isinstance(nested, dict):
+        raise DataError(f"the template option options is {nested!r}; expected an object")
+    for name, value in nested.items():
+        options[name if name == "thinking_mode" else f"options.{name}"] = value
+    unknown = options.keys() - {"enable_thinking", "thinking_mode", "train_all_turns"}
+    if unknown:
         raise DataError(
-            f"unknown template option {next(iter(options))!r}; "
+            f"unknown template option {min(unknown)!r}; "
             "allowed: enable_thinking, thinking_mode, options.thinking_mode, train_all_turns"
         )
-    switches = {
-        value
-        for value in (_switch("enable_thinking", enable), _switch("thinking_mode", mode))
-        if value is not None
-    }
-    if len(switches) > 1:
+    enable, mode = (_switch(name, options.get(name)) for name in ("enable_thinking", "thinking_mode"))
+    if enable is not None and mode is not None and enable != mode:
         raise DataError("enable_thinking and thinking_mode contradict each other; give one of the two")
-    return (switches.pop() if switches else None), train_all
+    return (mode if enable is None else enable), bool(options.get("train_all_turns", False))
 
 
 def _switch(name: str, value: object) -> bool | None:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from ernietune.errors import DataError
+from ernietune.errors import DataError, RequestError
 from ernietune.evaluation.run import evaluate, print_report, write_report
 from tests.fakes import engine
 
@@ -78,6 +78,12 @@ def test_records_without_an_answer_are_named(tmp_path: Path) -> None:
     data = write(tmp_path / "d.jsonl", record("?", "x"), asked)
     with pytest.raises(DataError, match=r"d\.jsonl:2: the last message"):
         evaluate(engine("x"), data)
+
+
+def test_an_overlong_record_is_named(tmp_path: Path) -> None:
+    data = write(tmp_path / "d.jsonl", record("x" * 100, "y"))
+    with pytest.raises(RequestError, match=r"d\.jsonl:1: the prompt has 100 tokens"):
+        evaluate(engine("x", max_length=50), data, max_tokens=5)
 
 
 def test_a_missing_picture_names_the_record(tmp_path: Path) -> None:
