@@ -60,6 +60,7 @@ def export(
     shard_gb: Annotated[float, typer.Option(help="Largest shard in GB.")] = 5.0,
 ) -> None:
     """Merge an adapter into its base: original names and layout, untouched tensors byte for byte."""
+    environment.require_paddle()
     from ernietune import export as exporting
 
     report = exporting.export(source, output, base, int(shard_gb * 1e9))
@@ -73,11 +74,13 @@ def init(
     layers: Annotated[int | None, typer.Option(help="Cut the text model to this many layers.")] = None,
     layout: Annotated[str, typer.Option(help="pt or paddle.")] = "pt",
     seed: int = 0,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    tokenizer: Annotated[Path | None, typer.Option(help="Take the tokenizer of this folder.")] = None,
 ) -> None:
     """Write a random checkpoint of a shape, with tokenizer and processor files."""
     from ernietune.initialize import initialize
 
-    initialize(shape, output, layers=layers, layout=layout, seed=seed)
+    initialize(shape, output, layers=layers, layout=layout, seed=seed, dtype=dtype, tokenizer=tokenizer)
     typer.echo(f"wrote {output}")
 
 
