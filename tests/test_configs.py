@@ -31,7 +31,7 @@ PUBLISHED = {
 
 
 def overrides(path: Path) -> list[str]:
-    """The pre-training of the embedded model starts from a folder that `init` writes; give its shape instead."""
+    """The embedded model is pre-trained from a folder that `init` writes; give its shape instead."""
     return ["model.shape=demo-vl"] if path.parent.name == "tiny" else []
 
 
