@@ -157,7 +157,7 @@ def _yaml_problem(error: yaml.YAMLError, file: str) -> str:
 def _section_types(owner: type) -> dict[str, type | None]:
     """Keys of a dataclass; the value is the section's class where a key holds one."""
     sections = {f.name: f.default_factory for f in fields(owner)}
-    return {name: kind if is_dataclass(kind) else None for name, kind in sections.items()}  # type: ignore[misc]
+    return {name: kind if is_dataclass(kind) else None for name, kind in sections.items()}
 
 
 def _check_keys(node: yaml.Node, owner: type, file: str, prefix: str = "") -> dict[str, int]:
