@@ -89,7 +89,9 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, run, checkpoint, adapter or hub id.")],
     data: Annotated[Path, typer.Option(help="Messages whose last assistant message is the expected answer.")],
     adapter: Annotated[Path | None, typer.Option(help="Put this adapter on the model.")] = None,
-    blank_images: Annotated[bool, typer.Option("--blank-images", help="Grey pictures: are they read?")] = False,
+    blank_images: Annotated[
+        bool, typer.Option("--blank-images", help="Grey pictures: are they read?")
+    ] = False,
     limit: Annotated[int | None, typer.Option(help="Only the first records.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 64,
     max_length: Annotated[int | None, typer.Option(help="Context length in tokens.")] = None,
@@ -131,7 +133,9 @@ def chat(
     model: Annotated[str, typer.Argument(help="A model folder, run, checkpoint, adapter or hub id.")],
     adapter: Annotated[Path | None, typer.Option(help="Put this adapter on the model, unmerged.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    thinking: Annotated[bool | None, typer.Option(help="Open a think block, where the format has a choice.")] = None,
+    thinking: Annotated[
+        bool | None, typer.Option(help="Open a think block, where the format has a choice.")
+    ] = None,
     max_length: Annotated[int | None, typer.Option(help="Context length in tokens.")] = None,
 ) -> None:
     """Chat in the terminal; pictures by path."""
