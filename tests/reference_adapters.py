@@ -1,4 +1,4 @@
-"""The same adapters in a transformers model and in ours: where each of our weights lives there, and W + s B A."""
+"""The same adapters in a transformers model and in ours: where our weights live there, and W + s B A."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_every_adapter(saved, spec):
 
 
 def test_every_weight_of_a_full_fine_tune(saved):
-    """Everything but the adapters' own code: tied and untied heads, norms, routers, patch embedding, biases."""
+    """Tied and untied heads, norms, routers, patch embedding, biases."""
     kind, reference, folder = saved
     model = load_model(folder)
     unfreeze(model, ("all", *(["router"] if kind != "dense" else [])))
