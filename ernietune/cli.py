@@ -60,6 +60,7 @@ def export(
     shard_gb: Annotated[float, typer.Option(help="Largest shard in GB.")] = 5.0,
 ) -> None:
     """Merge an adapter into its base: original names and layout, untouched tensors byte for byte."""
+    environment.require_paddle()
     from ernietune import export as exporting
 
     report = exporting.export(source, output, base, int(shard_gb * 1e9))
@@ -73,9 +74,73 @@ def init(
     layers: Annotated[int | None, typer.Option(help="Cut the text model to this many layers.")] = None,
     layout: Annotated[str, typer.Option(help="pt or paddle.")] = "pt",
     seed: int = 0,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    tokenizer: Annotated[Path | None, typer.Option(help="Take the tokenizer of this folder.")] = None,
 ) -> None:
     """Write a random checkpoint of a shape, with tokenizer and processor files."""
     from ernietune.initialize import initialize
 
-    initialize(shape, output, layers=layers, layout=layout, seed=seed)
+    initialize(shape, output, layers=layers, layout=layout, seed=seed, dtype=dtype, tokenizer=tokenizer)
     typer.echo(f"wrote {output}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model folder, run, checkpoint, adapter or hub id.")],
+    data: Annotated[Path, typer.Option(help="Messages whose last assistant message is the expected answer.")],
+    adapter: Annotated[Path | None, typer.Option(help="Put this adapter on the model.")] = None,
+    blank_images: Annotated[
+        bool, typer.Option("--blank-images", help="Grey pictures: are they read?")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(help="Only the first records.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 64,
+    max_length: Annotated[int | None, typer.Option(help="Context length in tokens.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
+) -> None:
+    """Answer held-out questions greedily and count exact matches."""
+    environment.require_paddle()
+    from ernietune.evaluation import run
+    from ernietune.infer.engine import Engine
+
+    engine = Engine.load(model, adapter, max_length)
+    report = run.evaluate(engine, data, blank_images=blank_images, limit=limit, max_tokens=max_tokens)
+    run.print_report(report)
+    if output is not None:
+        run.write_report(report, output)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A model folder, run, checkpoint, adapter or hub id.")],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    adapter: Annotated[Path | None, typer.Option(help="Put this adapter on the model, unmerged.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Prompt and answer together, in tokens.")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="Name in answers and in /v1/models.")] = None,
+    allow_local_files: Annotated[
+        Path | None, typer.Option(help="Folder whose pictures requests may name by path or file://.")
+    ] = None,
+) -> None:
+    """Serve an OpenAI-compatible chat API."""
+    environment.require_paddle()
+    from ernietune.serve import api
+
+    api.serve(model, host, port, adapter, max_model_len, served_model_name, allow_local_files)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A model folder, run, checkpoint, adapter or hub id.")],
+    adapter: Annotated[Path | None, typer.Option(help="Put this adapter on the model, unmerged.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    thinking: Annotated[
+        bool | None, typer.Option(help="Open a think block, where the format has a choice.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Context length in tokens.")] = None,
+) -> None:
+    """Chat in the terminal; pictures by path."""
+    environment.require_paddle()
+    from ernietune.infer.engine import Engine
+    from ernietune.serve import chat as terminal
+
+    terminal.chat(Engine.load(model, adapter, max_length), system=system, enable_thinking=thinking)

@@ -1,13 +1,13 @@
-"""The configuration of a run: one YAML file, a handful of dataclasses, and errors that name file, line and key.
+"""The configuration of a run: one YAML file, a few dataclasses, and errors that name file, line and key.
 
-Unknown keys and wrong types are refused with the nearest valid key; nothing is filled in from anywhere but the
-defaults below. Imports no paddle, so a mistake is answered at once.
+Unknown keys and wrong types are refused with the nearest valid key; nothing is filled in from anywhere but
+the defaults below. Imports no paddle, so a mistake is answered at once.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,8 @@ class Config:
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and `section.key=value` overrides into a checked Config.
 
-    A relative path that does not exist is looked for among the packaged configs. ConfigError says file, line, key
-    and what to do.
+    A relative path that does not exist is looked for among the packaged configs. ConfigError says file, line,
+    key and what to do.
     """
     file = _find(Path(path))
     text = file.read_text(encoding="utf-8")
@@ -157,7 +157,7 @@ def _yaml_problem(error: yaml.YAMLError, file: str) -> str:
 def _section_types(owner: type) -> dict[str, type | None]:
     """Keys of a dataclass; the value is the section's class where a key holds one."""
     sections = {f.name: f.default_factory for f in fields(owner)}
-    return {name: kind if is_dataclass(kind) else None for name, kind in sections.items()}  # type: ignore[misc]
+    return {name: kind if is_dataclass(kind) else None for name, kind in sections.items()}
 
 
 def _check_keys(node: yaml.Node, owner: type, file: str, prefix: str = "") -> dict[str, int]:
@@ -260,34 +260,36 @@ def value_of(config: Config, path: str) -> Any:
 
 
 def _check_values(config: Config, file: str, lines: dict[str, int]) -> None:
-    """Ranges and combinations, each with its key path and line."""
-
-    def refuse(path: str, problem: str) -> None:
+    """Choices, ranges and combinations; ConfigError with key path and line at the first that is wrong."""
+    for path, problem in [*_out_of_range(config), *_contradictions(config)]:
         where = f"{file}:{lines[path]}" if path in lines else file
         raise ConfigError(f"{where}: `{path}` {problem}")
 
+
+def _out_of_range(config: Config) -> Iterator[tuple[str, str]]:
     for path, choices in CHOICES.items():
         value = value_of(config, path)
         if value not in choices:
-            refuse(path, f"is {value!r}; it must be one of {', '.join(choices)}")
+            yield path, f"is {value!r}; it must be one of {', '.join(choices)}"
     for path, least in AT_LEAST.items():
         value = value_of(config, path)
         if value is not None and value < least:
-            refuse(path, f"is {value}; it must be at least {least:g}")
-    train = config.train
-    if (train.steps is None) == (train.epochs is None):
-        refuse("train.steps", "and `train.epochs`: give exactly one of the two")
-    if not config.data.train:
-        refuse("data.train", "is empty; name at least one file of messages")
-    if train.steps is not None and train.warmup_steps > train.steps:
-        refuse(
-            "train.warmup_steps", f"is {train.warmup_steps}, beyond the {train.steps} steps of train.steps"
-        )
-    if train.min_learning_rate > train.learning_rate:
-        refuse("train.min_learning_rate", "is above train.learning_rate")
+            yield path, f"is {value}; it must be at least {least:g}"
     if config.lora.dropout >= 1:
-        refuse("lora.dropout", f"is {config.lora.dropout}; it must be below 1")
-    if (train.eval_every or train.patience) and not config.data.eval:
-        refuse("train.eval_every", "or `train.patience` is set, but data.eval names no file")
+        yield "lora.dropout", f"is {config.lora.dropout}; it must be below 1"
+
+
+def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
+    train, data = config.train, config.data
+    if (train.steps is None) == (train.epochs is None):
+        yield "train.steps", "and `train.epochs`: give exactly one of the two"
+    if not data.train:
+        yield "data.train", "is empty; name at least one file of messages"
+    if train.steps is not None and train.warmup_steps > train.steps:
+        yield "train.warmup_steps", f"is {train.warmup_steps}, beyond the {train.steps} steps of train.steps"
+    if train.min_learning_rate > train.learning_rate:
+        yield "train.min_learning_rate", "is above train.learning_rate"
+    if (train.eval_every or train.patience) and not data.eval:
+        yield "train.eval_every", "or `train.patience` is set, but data.eval names no file"
     if train.patience and not train.eval_every:
-        refuse("train.patience", "needs train.eval_every")
+        yield "train.patience", "needs train.eval_every"

@@ -16,8 +16,8 @@ from importlib import metadata
 from ernietune.errors import MissingPackage
 
 INSTALL_PADDLE = (
-    "PaddlePaddle 3.3 is not installed; for a CPU run `pip install 'ernietune[cpu]'`, for a GPU run `pip install "
-    "'ernietune[gpu]' --extra-index-url https://www.paddlepaddle.org.cn/packages/stable/cu126/`"
+    "PaddlePaddle 3.3 is not installed; for a CPU run `pip install 'ernietune[cpu]'`, for a GPU run "
+    "`pip install 'ernietune[gpu]' --extra-index-url https://www.paddlepaddle.org.cn/packages/stable/cu126/`"
 )
 
 
@@ -74,7 +74,7 @@ def _import_quietly() -> None:
 
 
 def _mkl_type_on_amd() -> str | None:
-    """The MKL code path to force on AMD: 7 with AVX-512, 5 with AVX2; its own choice there is 2.5-5x slower."""
+    """The MKL code path to force on AMD: 7 with AVX-512, 5 with AVX2; its own choice is 2.5-5x slower."""
     try:
         with open("/proc/cpuinfo") as handle:
             text = handle.read(8192)

@@ -28,7 +28,7 @@ from ernietune.models.config import ModelConfig
 _HALF_STEP = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
 # What fp32 sums of a low-rank product may lose, relative to the largest number that went in.
 _FP32_SLACK = 2.0**-19
-_BLOCK_ROWS = 1024
+_BLOCK_ROWS = 128  # a block and its temporaries stay in the cache
 _COMPARED_BYTES = 1 << 24
 
 
@@ -183,15 +183,20 @@ def _require_equal_elsewhere(entry: DiskTensor, changes: list[Change], before: A
 
 
 def _compare(name: str, dtype: str, change: Change, scale: float, before: Array, after: Array) -> float:
-    """Check one region against the fp64 sum, within the rounding of its dtype; return the largest error."""
+    """Check one region against W + scale * B A, within the rounding of its dtype; return the largest error.
+
+    The product is formed anew in fp64; the rest in fp32, whose own rounding is the slack.
+    """
     target, a, b = change
+    exact_a, exact_b = scale * a.astype(np.float64), b.astype(np.float64)
     largest = 0.0
     for base, found, rows in _row_blocks(target.region(before), target.region(after), dtype):
-        delta = scale * (b[rows].astype(np.float64) @ a.astype(np.float64))
-        exact = base + delta
+        delta = (exact_b[rows] @ exact_a).astype(np.float32)
         slack = _FP32_SLACK * (np.abs(base).max() + np.abs(delta).max())
-        error = np.abs(found - exact)
-        if not (error <= np.abs(exact) * _HALF_STEP[dtype] + slack).all():
+        exact = np.add(base, delta, out=delta)
+        error = np.abs(np.subtract(found, exact, out=found), out=found)
+        allowed = np.abs(exact, out=exact) * np.float32(_HALF_STEP[dtype]) + slack
+        if not (error <= allowed).all():
             raise CheckpointError(
                 f"{name} read back is off by up to {error.max():.3g}; the export was not kept"
             )

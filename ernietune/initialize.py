@@ -19,11 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ernietune.checkpoint.dtypes import STORAGE, Array, from_float32
-from ernietune.checkpoint.folder import staged
+from ernietune.checkpoint.folder import copy_side_files, staged
 from ernietune.checkpoint.names import TIED, DiskTensor, Target, layout_named, mtp_depth, table
 from ernietune.checkpoint.safetensors import TensorInfo, Writer, write_json
 from ernietune.errors import CheckpointError, listed
 from ernietune.models.config import SHAPES, ModelConfig
+from ernietune.text.tokenizer import Tokenizer
 
 _DTYPES = {"bfloat16": "BF16", "float32": "F32", "float16": "F16"}
 _MEDIA_TOKENS = {
@@ -82,10 +83,12 @@ def initialize(
     seed: int = 0,
     dtype: str = "bfloat16",
     max_shard_bytes: int | None = None,
+    tokenizer: str | Path | None = None,
 ) -> Path:
     """Write a random checkpoint of a named shape, with tokenizer and processor files, as a new folder.
 
-    `layers` cuts the text model to that many layers. CheckpointError for an unknown shape, layout or dtype, a
+    `layers` cuts the text model to that many layers; `tokenizer` is a folder whose tokenizer and processor files are
+    taken, and whose vocabulary size the model gets, instead of a small tokenizer made on the spot. CheckpointError for an unknown shape, layout or dtype, a
     folder that is not empty, or a full disk.
     """
     if dtype not in _DTYPES:
@@ -93,10 +96,7 @@ def initialize(
     output, disk_layout = Path(output), layout_named(layout)
     raw = shape_config(shape, layers) | {"torch_dtype": dtype}
     with staged(output) as part:
-        ids = write_tokenizer(part)
-        if "vision_config" in raw:
-            raw |= {key: ids[token] for key, token in _MEDIA_TOKENS.items()}
-            write_json(part / "preprocessor_config.json", _IMAGE_PROCESSOR)
+        raw |= _write_words_and_pixels(part, raw, tokenizer)
         write_json(part / "config.json", raw)
         write_json(part / "generation_config.json", _generation_config(raw))
         config = ModelConfig.from_dict(raw, shape)
@@ -107,6 +107,25 @@ def initialize(
             for entry, info in zip(entries, infos, strict=True):
                 writer.add(entry.name, _random_tensor(entry, info.dtype, config, seed))
     return output
+
+
+def _write_words_and_pixels(
+    folder: Path, raw: dict[str, Any], tokenizer: str | Path | None
+) -> dict[str, Any]:
+    """Write the tokenizer and processor files; return the config.json fields that follow from them."""
+    fields: dict[str, Any] = {}
+    if tokenizer is None:
+        ids = write_tokenizer(folder)
+        if "vision_config" in raw:
+            write_json(folder / "preprocessor_config.json", _IMAGE_PROCESSOR)
+    else:
+        copy_side_files(Path(tokenizer), folder)
+        taken = Tokenizer.load(folder)
+        ids = {token: taken.id_of(token) for token in _MEDIA_TOKENS.values()}
+        fields["vocab_size"] = taken.vocab_size
+    if "vision_config" in raw:
+        fields |= {key: ids[token] for key, token in _MEDIA_TOKENS.items()}
+    return fields
 
 
 def shape_config(shape: str, layers: int | None = None) -> dict[str, Any]:

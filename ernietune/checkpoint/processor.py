@@ -17,7 +17,7 @@ MARKERS = ("<|IMAGE_START|>", "<|IMAGE_END|>", "<|VIDEO_START|>", "<|VIDEO_END|>
 
 @dataclass(frozen=True)
 class Processor:
-    """Geometry, tokenizer, chat format and picture sizes of one model folder; `limits` is None for text models."""
+    """Geometry, tokenizer, chat format and picture sizes of a folder; `limits` is None for text models."""
 
     config: ModelConfig
     tokenizer: Tokenizer
@@ -28,8 +28,8 @@ class Processor:
     def load(cls, folder: Path, template: str | None = None) -> Processor:
         """Read a folder; `template` names a chat format and overrides the folder's own.
 
-        CheckpointError when the picture tokens of config.json and of the tokenizer disagree: a prompt would then
-        be routed as text without a word.
+        CheckpointError when the picture tokens of config.json and of the tokenizer disagree: a prompt would
+        then be routed as text without a word.
         """
         config, tokenizer = ModelConfig.from_folder(folder), Tokenizer.load(folder)
         chat_format = Template.for_checkpoint(tokenizer, config.model_type, template)
@@ -56,7 +56,7 @@ def _with_token_ids(config: ModelConfig, tokenizer: Tokenizer, folder: Path) -> 
     listed = (config.image_token_id, config.vision_marker_ids)
     if config.image_token_id is not None and listed != (placeholder, markers):
         raise CheckpointError(
-            f"{folder / 'config.json'}: picture tokens {listed[0]}, {list(listed[1])} are {placeholder}, {list(markers)} "
-            "in the tokenizer; one of the two files belongs to another model"
+            f"{folder / 'config.json'}: picture tokens {listed[0]}, {list(listed[1])} are {placeholder}, "
+            f"{list(markers)} in the tokenizer; one of the two files belongs to another model"
         )
     return config.with_tokens(placeholder, markers)

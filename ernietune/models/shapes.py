@@ -162,6 +162,17 @@ _TINY_VL: dict[str, Any] = {
     "rope_scaling": {"type": "default", "mrope_section": [6, 6, 4]},
     "vision_config": {**_VISION_TOWER, "depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 4},
 }
+# The embedded model of the demo (data/tiny): 3.5 M parameters.
+_DEMO_VL: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "intermediate_size": 384,
+    "moe_intermediate_size": [96, 64],
+    "moe_layer_end_index": [5, 4],
+    "moe_k": 2,
+    "pixel_hidden_size": 96,
+    "vision_config": {**_VISION_TOWER, "depth": 4, "embed_dim": 96, "hidden_size": 96, "num_heads": 4},
+}
 
 SHAPES: dict[str, dict[str, Any]] = {
     "0.3b": _DENSE_03B,
@@ -174,4 +185,5 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny-dense": {**_DENSE_03B, **_TINY},
     "tiny-moe": {**_MOE_21B, **_TINY, **_TINY_EXPERTS},
     "tiny-vl": {**_VL_28B, **_TINY, **_TINY_EXPERTS, **_TINY_VL, "hidden_size": 96, "moe_k": 2},
+    "demo-vl": {**_VL_28B, **_TINY, **_TINY_EXPERTS, **_TINY_VL, **_DEMO_VL},
 }

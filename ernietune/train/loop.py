@@ -96,7 +96,8 @@ def accumulate(model: CausalLM, objective: Objective, batches: list[Batch]) -> t
     """
     model.train()
     tokens = sum(batch.supervised for batch in batches)
-    loss, metrics = 0.0, {}
+    loss = 0.0
+    metrics: dict[str, float] = {}
     for batch in batches:
         sums = objective(model, batch)
         if not sums.total.stop_gradient:  # a micro-batch may have no supervised token

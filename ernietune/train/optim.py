@@ -28,7 +28,7 @@ def learning_rate(step: int, total: int, train: TrainSection) -> float:
         return peak * step / warmup
     if train.schedule == "constant":
         return peak
-    progress = (step - warmup) / max(1, total - warmup)
+    progress = (step - 1 - warmup) / max(1, total - warmup)  # the last step still moves
     if train.schedule == "linear":
         return peak + (least - peak) * progress
     return least + (peak - least) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -157,13 +157,6 @@ def compute_dtype(wanted: str) -> str:
     return wanted
 
 
-def lora_spec(lora: LoraSection) -> LoraSpec:
-    """The adapters of a configuration."""
-    return LoraSpec(
-        lora.rank, lora.alpha, tuple(lora.targets), tuple(lora.exclude), lora.dropout, lora.rslora
-    )
-
-
 def choose_trainable(model: CausalLM, config: Config) -> None:
     """Inject the adapters, or unfreeze the named groups."""
     if config.lora.enabled:

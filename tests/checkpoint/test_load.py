@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import tracemalloc
 
 import numpy as np
 import pytest
 
-from ernietune.checkpoint.load import load_model, save_model
+from ernietune.checkpoint.load import fill, load_model, save_model, stored_entries
 from ernietune.checkpoint.names import parameter_shapes
 from ernietune.checkpoint.safetensors import Reader, TensorInfo, Writer
 from ernietune.errors import CheckpointError
@@ -190,3 +191,16 @@ def test_other_storage_dtypes(folders, tmp_path):
     save_model(model, tmp_path / "f32", config_raw=raw, dtype="F32")
     save_model(load_model(tmp_path / "f32"), tmp_path / "back", like=folders["tiny-dense", "pt"])
     same_bytes(folders["tiny-dense", "pt"], tmp_path / "back")
+
+
+def test_loading_takes_no_memory_beside_the_model(tmp_path):
+    """On a CPU in fp32 the numbers are widened in the parameter itself, stacks and fused tensors included."""
+    folder = initialize("tiny-moe", tmp_path / "moe", layout="paddle")
+    reader, model = Reader(folder), load_model(folder)
+    entries = stored_entries(reader, model.config)
+    state = model.state_dict()
+    tracemalloc.start()
+    fill(state, entries, reader)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < model.model.embed_tokens.weight.size  # a quarter of the largest parameter
