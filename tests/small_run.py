@@ -22,7 +22,7 @@ def base(folder, shape="tiny-vl"):
 
 
 def conversation(folder, number, picture):
-    """One record with a random question and answer; its picture, of 56 or 84 pixels a side, is written too."""
+    """One record with a random question and answer; its picture, 56 or 84 pixels a side, is written too."""
     random = np.random.default_rng(number)
     question = " ".join(random.choice(WORDS, random.integers(3, 8)))
     answer = " ".join(random.choice(WORDS, random.integers(2, 6)))

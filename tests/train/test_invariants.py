@@ -103,7 +103,7 @@ def test_a_resume_is_bitwise_the_same(base, data, tmp_path, error, changes):
 
 
 def test_a_resume_of_adapters_that_wait_for_a_picture(base, tmp_path):
-    """Until the first picture the vision adapters have no gradient, so the optimizer has no moments of them."""
+    """Until the first picture the vision adapters have no gradient, so the optimizer has no state of them."""
     text = small_run.write_data(tmp_path / "text", 4, pictures=False)
     first = small_run.config(base, text, tmp_path / "run", train_steps=2)
     before = small_run.tensors(main(first))
