@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import paddle
+from numpy.typing import NDArray
 
 from ernietune.checkpoint import state
 from ernietune.checkpoint.state import Progress
 from ernietune.config import TrainSection
 from ernietune.data.collate import Batch
 from ernietune.data.stream import Stream
-from ernietune.errors import ErnietuneError, listed
+from ernietune.errors import CheckpointError, ErnietuneError, listed
 from ernietune.lora import adapters
 from ernietune.models.decoder import CausalLM
 from ernietune.train.log import RunLog, console
 from ernietune.train.optim import Optimizer, learning_rate
 from ernietune.train.sft import Objective
+
+_WEIGHT = "weight::"  # before the path of a trained parameter, in a checkpoint
 
 
 @dataclass
@@ -199,7 +203,7 @@ def _save_is_due(run: Run) -> bool:
 
 def save(run: Run, best: bool) -> int:
     """Write a checkpoint of the current step; return the step."""
-    tensors = {f"weight::{path}": p.astype("float32").numpy() for path, p in run.optimizer.parameters.items()}
+    tensors = {_WEIGHT + path: p.astype("float32").numpy() for path, p in run.optimizer.parameters.items()}
     tensors |= run.optimizer.state()
     state.save(run.folder, run.progress, tensors, run.write_weights, run.train.keep_last, best)
     return run.progress.step
@@ -211,9 +215,22 @@ def restore(run: Run) -> None:
     if found is None:
         return
     run.progress, tensors = found
-    moments = {key: value for key, value in tensors.items() if not key.startswith("weight::")}
+    moments = {key: value for key, value in tensors.items() if not key.startswith(_WEIGHT)}
+    weights = {key.removeprefix(_WEIGHT): tensors[key] for key in tensors.keys() - moments.keys()}
+    _require_same_parameters(run, weights)
     run.optimizer.load_state(moments)
     for path, parameter in run.optimizer.parameters.items():
-        value = paddle.to_tensor(tensors[f"weight::{path}"])
-        parameter.set_value(value.astype(parameter.dtype))
+        parameter.set_value(paddle.to_tensor(weights[path]).astype(parameter.dtype))
     run.stream.load_state_dict(run.progress.data)
+
+
+def _require_same_parameters(run: Run, weights: Mapping[str, NDArray[Any]]) -> None:
+    """CheckpointError when the run trained other parameters, or adapters of another rank."""
+    saved = {path: tuple(values.shape) for path, values in weights.items()}
+    wanted = {path: tuple(parameter.shape) for path, parameter in run.optimizer.parameters.items()}
+    differing = sorted(path for path in saved.keys() | wanted.keys() if saved.get(path) != wanted.get(path))
+    if differing:
+        raise CheckpointError(
+            f"{run.folder} cannot be resumed: it trained other parameters or shapes ({listed(differing)}); "
+            "restore its configuration or choose another train.output"
+        )

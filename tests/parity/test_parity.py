@@ -5,10 +5,11 @@ import paddle
 import pytest
 import references
 import tiny
+from ernietune_kernels import linear_cross_entropy
+
 from ernietune.checkpoint.load import load_model
 from ernietune.models.decoder import Inputs
 from ernietune.text.positions import positions_3d
-from ernietune_kernels import linear_cross_entropy
 
 torch = references.torch
 pytestmark = pytest.mark.parity
@@ -162,7 +163,9 @@ def test_video_grid(vl):
     reference, model = vl
     grid = (4, 4, 6)
     count = 2 * 4 * 6 // 4
-    ids = np.array([30, 31, references.VIDEO_START, *[references.VIDEO] * count, references.VIDEO_END, 40, 41])
+    ids = np.array(
+        [30, 31, references.VIDEO_START, *[references.VIDEO] * count, references.VIDEO_END, 40, 41]
+    )
     patches = [tiny.picture(grid, 13)]
     positions = positions_3d(len(ids), [(3, count)], [grid])
     inputs = references.picture_inputs(ids, [grid], patches, video=True)
@@ -170,5 +173,3 @@ def test_video_grid(vl):
     expected = references.logits(reference, ids, **inputs)
     own_ids = np.where(ids == references.VIDEO, references.IMAGE, ids)
     report("vl video", ours(model, tiny.pack([(own_ids, positions)], [grid], patches)), expected)
-
-
