@@ -106,14 +106,17 @@ def _ungrouped(pieces: list[Tensor], groups: int, repeat: int) -> Tensor:
     return whole.transpose([2, 0, 1, 3]).reshape([-1, groups * repeat, width])
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-    groups, repeat = k.shape[1], q.shape[1] // k.shape[1]
-    queries, keys, values = _grouped(q * q.shape[-1] ** -0.5, groups), _heads_first(k), _heads_first(v)
+def cached_attention(q_THd: Tensor, k_KSd: Tensor, v_KSd: Tensor, plan: AttentionPlan) -> Tensor:
+    """`attention` [T, H, d] without gradients over keys and values that are stored by head."""
+    groups, repeat = k_KSd.shape[0], q_THd.shape[1] // k_KSd.shape[0]
+    queries, keys, values = _grouped(q_THd * q_THd.shape[-1] ** -0.5, groups), k_KSd, v_KSd
     pieces = []
     for block in plan.blocks:
         span = slice(block.low, block.high)
-        weights = _softmax_block(_rows(queries, block), keys[:, span], block, repeat)
-        pieces.append(paddle.matmul(weights, values[:, span]))
+        whole = block.low == 0 and block.high == plan.keys  # a slice of a CPU tensor is a copy
+        seen_k, seen_v = (keys, values) if whole else (keys[:, span], values[:, span])
+        weights = _softmax_block(_rows(queries, block), seen_k, block, repeat)
+        pieces.append(paddle.matmul(weights, seen_v))
     return _ungrouped(pieces, groups, repeat)
 
 
@@ -122,7 +125,7 @@ class _BlockAttention(PyLayer):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-        output = _forward(q, k, v, plan)
+        output = cached_attention(q, _heads_first(k), _heads_first(v), plan)
         ctx.plan = plan
         ctx.save_for_backward(q, k, v, output)
         return output
@@ -166,7 +169,7 @@ def attention(q_THd: Tensor, k_SKd: Tensor, v_SKd: Tensor, plan: AttentionPlan) 
     if q_THd.place.is_gpu_place() and plan.queries == plan.keys:
         return _flash_mask(q_THd, k_SKd, v_SKd, plan)
     if not paddle.is_grad_enabled() or (q_THd.stop_gradient and k_SKd.stop_gradient and v_SKd.stop_gradient):
-        return _forward(q_THd, k_SKd, v_SKd, plan)
+        return cached_attention(q_THd, _heads_first(k_SKd), _heads_first(v_SKd), plan)
     return _BlockAttention.apply(q_THd, k_SKd, v_SKd, plan)
 
 
