@@ -9,8 +9,8 @@ from rich.table import Table
 from ernietune.checkpoint.names import parameter_shapes
 from ernietune.config import Config, LoraSection
 from ernietune.errors import ConfigError
-from ernietune.lora import LoraSpec, Shapes, choose_trained, parameter_table
 from ernietune.models.config import SHAPES, ModelConfig
+from ernietune.targets import LoraSpec, Shapes, choose_trained, parameter_table
 from ernietune.train.log import console
 
 
@@ -44,7 +44,8 @@ def model_geometry(config: Config) -> ModelConfig:
         return ModelConfig.from_folder(folder)
     if config.model.shape is None:
         raise ConfigError(
-            f"model.path: {folder} is not a local model folder; set model.shape ({', '.join(SHAPES)}) to plan without it"
+            f"model.path: {folder} is not a local model folder; "
+            f"set model.shape ({', '.join(SHAPES)}) to plan without it"
         )
     if config.model.shape not in SHAPES:
         raise ConfigError(f"model.shape: {config.model.shape!r} is none of {', '.join(SHAPES)}")

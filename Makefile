@@ -1,0 +1,59 @@
+# Two commands to begin with: `make demo` and `make test`. `make help` lists the rest.
+# Variables: PYTHON (which interpreter), VENV (which virtual environment), PIP_FLAGS (given to every pip install).
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+
+BIN := $(VENV)/bin
+# A stamp says what is installed in a virtual environment; it is stale when pyproject.toml is newer.
+BASE := $(VENV)/.installed-base
+DEV := $(VENV)/.installed-dev
+PARITY := $(VENV)/.installed-parity
+EXTRAS := cpu,demo,test
+INSTALL := $(BIN)/python -m pip install $(PIP_FLAGS)
+
+.PHONY: help venv demo test parity lint check clean
+
+help: ## List the targets.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+venv: $(BASE) ## Create .venv with everything that the demo and the tests need.
+
+demo: $(BASE) ## Train, evaluate, export, serve and ask the tiny demo model, on a CPU.
+	@$(BIN)/python examples/demo.py
+
+test: $(BASE) ## Run the tests; needs no torch.
+	@$(BIN)/python -m pytest -m "not parity"
+
+parity: $(PARITY) ## Compare with torch and transformers, which are installed for it.
+	@$(BIN)/python -m pytest -m parity
+
+lint: $(DEV) ## ruff, mypy and the import rules.
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+check: lint test ## What a change must pass before it is sent.
+
+clean: ## Remove virtual environments, caches and builds; runs/ stays.
+	rm -rf .venv .ci-venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BASE): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v < (3, 14) else \
+	"ernietune needs Python 3.10 to 3.13 and $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12 ..." % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e '.[$(EXTRAS)]'
+	@touch $@
+
+$(DEV): $(BASE)
+	$(INSTALL) -e '.[$(EXTRAS),dev]'
+	@touch $@
+
+# torch first and alone: whichever build PIP_FLAGS picks then stays, and the extra finds it installed.
+$(PARITY): $(BASE)
+	$(INSTALL) torch==2.13.0
+	$(INSTALL) -e '.[$(EXTRAS),parity]'
+	@touch $@
