@@ -13,7 +13,7 @@ PARITY := $(VENV)/.installed-parity
 EXTRAS := cpu,demo,test
 INSTALL := $(BIN)/python -m pip install $(PIP_FLAGS)
 
-.PHONY: help venv demo test parity lint check clean
+.PHONY: help venv demo tiny test parity lint check clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -22,6 +22,13 @@ venv: $(BASE) ## Create .venv with everything that the demo and the tests need.
 
 demo: $(BASE) ## Train, evaluate, export, serve and ask the tiny demo model, on a CPU.
 	@$(BIN)/python examples/demo.py
+
+tiny: $(BASE) ## Make the demo model anew, from pictures to weights, in runs/tiny-pretrain.
+	$(BIN)/python examples/shapes.py pretrain --count 50000 --seed 1 runs/shapes
+	$(BIN)/python examples/shapes.py text --count 5000 --seed 1 runs/shapes
+	$(BIN)/python examples/shapes.py pretrain --count 500 --seed 2 runs/shapes/heldout
+	$(BIN)/ernietune init runs/tiny-base --shape demo-vl --tokenizer data/tiny
+	$(BIN)/ernietune train configs/tiny/pretrain.yaml
 
 test: $(BASE) ## Run the tests; needs no torch.
 	@$(BIN)/python -m pytest -m "not parity"

@@ -37,7 +37,7 @@ def main(config: Config) -> Path:
     # 1. The run folder, before anything slow.
     folder = prepare_folder(config)
     # 2. The checkpoint's words and pixels, then the data: mistakes there are found before weights are read.
-    base = hub.resolve(config.model.path)
+    base = state.checkpoint_in(hub.resolve(config.model.path))
     processor = processor_of(config, base)
     train_set = dataset(config.data, config.data.train, processor)
     evaluation = evaluation_set(config, processor)

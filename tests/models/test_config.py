@@ -130,7 +130,7 @@ def test_nested_transformers_form_equals_the_flat_one():
 def test_every_shape_is_valid(name):
     config = shape(name)
     assert config.num_attention_heads % config.num_key_value_heads == 0
-    assert config.is_vl == name.startswith(("vl", "tiny-vl"))
+    assert config.is_vl == name.startswith(("vl", "tiny-vl", "demo-vl"))
 
 
 @pytest.mark.parametrize(
