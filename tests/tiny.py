@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import paddle
+
 from ernietune.models.config import SHAPES, ModelConfig
 from ernietune.models.decoder import CausalLM, Inputs
 from ernietune.text.positions import positions_3d

@@ -1,4 +1,5 @@
-"""The folder of a run: checkpoints that are complete or absent, the newest and the best of them, and a resume.
+"""The folder of a run: checkpoints that are complete or absent, the newest and the best of them, and a
+resume.
 
 run/config.yaml  log.jsonl  tensorboard/  dropped.jsonl
 run/run.json                       {"last": "step-000050", "best": "step-000040"}

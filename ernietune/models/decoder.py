@@ -19,9 +19,10 @@ from ernietune.models.vision import Grid, Resampler, VisionTower
 class Inputs:
     """One forward: the T tokens of all rows, one after the other, without padding.
 
-    ids int64 [T]; positions int64 [T, 3] as (t, h, w); visible_until int64 [T], the first position that may not see
-    key j (None: all T tokens are one document); is_vision bool [T], required by vision-language models; patches
-    float [P, 588] normalised, and one grid (frames, rows, columns) per picture, in the order of their tokens.
+    ids int64 [T]; positions int64 [T, 3] as (t, h, w); visible_until int64 [T], the first position that may
+    not see key j (None: all T tokens are one document); is_vision bool [T], required by vision-language
+    models; patches float [P, 588] normalised, and one grid (frames, rows, columns) per picture, in the order
+    of their tokens.
     """
 
     ids: Tensor

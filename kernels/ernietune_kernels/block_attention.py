@@ -1,9 +1,9 @@
 """Grouped-query attention over packed documents, in blocks of queries.
 
-A key j is visible to the query i when j <= i < until[j] (both counted over all keys), which covers packed samples
-(until = the sample's end) and shared-prompt pairs alike. On a GPU this is FlashMask; on a CPU each block of queries
-meets only the keys between the first one it may see and its own last row, and only q, k, v and the output are kept
-for the backward pass.
+A key j is visible to the query i when j <= i < until[j] (both counted over all keys), which covers packed
+samples (until = the sample's end) and shared-prompt pairs alike. On a GPU this is FlashMask; on a CPU each
+block of queries meets only the keys between the first one it may see and its own last row, and only q, k, v
+and the output are kept for the backward pass.
 """
 
 from __future__ import annotations

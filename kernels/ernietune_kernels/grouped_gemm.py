@@ -15,8 +15,8 @@ from paddle.utils import dlpack
 def expert_views(stack: Tensor) -> list[Tensor]:
     """One tensor per expert that shares the stack's memory.
 
-    On a CPU `stack[e]` copies the matrix (strided views are off, see ernietune.environment), which costs as much as
-    a small product; the array protocol gives true views.
+    On a CPU `stack[e]` copies the matrix (strided views are off, see ernietune.environment), which costs as
+    much as a small product; the array protocol gives true views.
     """
     if stack.place.is_cpu_place():
         array = np.from_dlpack(stack.detach())
