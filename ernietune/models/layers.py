@@ -76,7 +76,12 @@ class LayerNorm(nn.Layer):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        weight = self.weight
+        if weight.stop_gradient and not x.stop_gradient:
+            # Paddle 3.3's CPU kernel gives x a wrong gradient unless the scale asks for one too.
+            weight = weight.detach()
+            weight.stop_gradient = False
+        return F.layer_norm(x, x.shape[-1:], weight, self.bias, self.eps)
 
 
 class Embedding(nn.Layer):
