@@ -27,7 +27,7 @@ def config(shape="tiny-vl", **changes):
 
 
 def fill(model, seed=0):
-    """Random values everywhere: weights small, norms near one, a correction bias that changes the selection."""
+    """Random values: weights small, norms near one, a correction bias that changes the selection."""
     generator = np.random.default_rng(seed)
     for name, tensor in model.state_dict().items():
         values = generator.standard_normal(tensor.shape).astype(np.float32)

@@ -52,7 +52,7 @@ def pointers(run: Path) -> dict[str, str]:
 
 
 def checkpoint_in(path: Path, prefer: str = "best") -> Path:
-    """The folder with the weights: `path` itself, or the best (else the newest) checkpoint of a run folder."""
+    """The folder with the weights: `path` itself, or the best (else the newest) checkpoint of a run."""
     names = pointers(path)
     if not names:
         return path

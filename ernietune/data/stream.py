@@ -44,7 +44,7 @@ class StreamOptions:
 
 
 def epoch_order(length: int, seed: int | None, epoch: int) -> NDArray[np.int64]:
-    """The permutation of `length` records in one epoch, from these three numbers only; no seed, no shuffling."""
+    """The order of `length` records in one epoch, from these three numbers only; no seed, no shuffling."""
     if seed is None:
         return np.arange(length)
     # Raw bits and a stable sort stay the same in every numpy release; `permutation` is not promised to.

@@ -111,8 +111,8 @@ class SwiGLU(nn.Layer):
 class Rotary:
     """Angles of the text model's rotary embedding, one position axis per frequency.
 
-    ERNIE's 3-D form gives the last `time_frequencies` frequencies to t and alternates h and w below them; a model
-    without pictures has t = h = w everywhere, which is ordinary RoPE.
+    ERNIE's 3-D form gives the last `time_frequencies` frequencies to t and alternates h and w below them; a
+    model without pictures has t = h = w everywhere, which is ordinary RoPE.
     """
 
     def __init__(self, head_dim: int, theta: float, time_frequencies: int) -> None:

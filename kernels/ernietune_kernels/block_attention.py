@@ -25,7 +25,7 @@ SCORE_ELEMENTS = 1 << 24
 
 @dataclass(frozen=True)
 class _Block:
-    """Queries [start, stop) against keys [low, high); `bias` [queries, keys] is 0 or -inf, None if all are visible."""
+    """Queries [start, stop) against keys [low, high); `bias` [queries, keys] is 0 or -inf, None if all 0."""
 
     start: int
     stop: int
@@ -68,7 +68,7 @@ def _plan(queries: int, keys: int, until: np.ndarray, on_device: Tensor | None) 
 
 
 def causal_plan(queries: int, keys: int, until: Tensor | None = None) -> AttentionPlan:
-    """The plan for the last `queries` of `keys` positions; `until` [keys] defaults to "seen by all that follow"."""
+    """The plan for the last `queries` of `keys` positions; `until` [keys]: by default all later ones see j."""
     if until is None:
         return _plain_plan(queries, keys)
     return _plan(queries, keys, until.numpy(), until.astype("int32"))
@@ -210,7 +210,7 @@ def _join_frames(x: Tensor, frames: int) -> Tensor:
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T) v of [batch, length, d] in pieces of the batch, and of the rows where one item is large."""
+    """softmax(q k^T) v of [batch, length, d] in pieces of the batch, and of the rows of large items."""
     batch, length, _ = q.shape
     step = max(1, SCORE_ELEMENTS // (length * length))
     if step >= batch:

@@ -34,7 +34,7 @@ def _blocks(counts: list[int]) -> Iterator[tuple[int, int, int]]:
 
 
 class _GroupedLinear(PyLayer):
-    """One node for all experts: Paddle's own graph would build and scatter a full weight gradient per expert."""
+    """One node for all experts: Paddle's own graph would scatter a full weight gradient per expert."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int], views: list[Tensor]) -> Tensor:
