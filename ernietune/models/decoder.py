@@ -81,7 +81,7 @@ class CausalLM(nn.Layer):
     """Tokens (and pictures) in, hidden states out; `logits` or the cross-entropy kernel go on from there."""
 
     def __init__(self, config: ModelConfig, dtype: str = "float32") -> None:
-        """Create uninitialised, frozen parameters; `dtype` is theirs and the computation's (routers: fp32)."""
+        """Create uninitialised, frozen parameters; `dtype` is theirs and the computation's; routers fp32."""
         super().__init__()
         self.config, self.dtype = config, dtype
         self.model = Decoder(config, dtype)

@@ -68,7 +68,7 @@ def _plan(queries: int, keys: int, until: np.ndarray, on_device: Tensor | None) 
 
 
 def causal_plan(queries: int, keys: int, until: Tensor | None = None) -> AttentionPlan:
-    """The plan for the last `queries` of `keys` positions; `until` [keys]: by default all later ones see j."""
+    """The plan for the last `queries` of `keys` positions; `until` [keys]: by default unlimited."""
     if until is None:
         return _plain_plan(queries, keys)
     return _plan(queries, keys, until.numpy(), until.astype("int32"))
