@@ -1,7 +1,8 @@
 """A frozen linear layer with its low-rank product beside it, as one node: y = x W^T + s (x A^T) B^T.
 
 Paddle's own graph for this makes a second y-sized product, an addition over it and, for experts, the row
-blocks of x twice. Here the low-rank product is added in place and the blocks are cut once. W takes no gradient.
+blocks of x twice. Here the low-rank product is added in place and the blocks are cut once. W takes no
+gradient.
 """
 
 from __future__ import annotations
