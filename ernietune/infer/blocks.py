@@ -71,7 +71,7 @@ class BlockPool:
             self._keys[block] = key
 
     def release(self, blocks: Iterable[int]) -> None:
-        """One user less for each; of one sequence's blocks the last is reused first, the others need it least."""
+        """One user less for each block; of one sequence's blocks, in order, the last are reused first."""
         for block in reversed(list(blocks)):
             assert self._users[block] > 0, block
             self._users[block] -= 1

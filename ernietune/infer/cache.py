@@ -46,7 +46,7 @@ def slots_of(blocks: Sequence[int], size: int, length: int) -> NDArray[np.int64]
 
 
 class PagedCache:
-    """Room for the keys and values of `slots` tokens in every layer; what they hold is the caller's business."""
+    """Room for the keys and values of `slots` tokens in every layer; the caller says whose is which."""
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, slots: int, dtype: str) -> None:
         kind = _HostRows if dtype in HOST_DTYPES and not on_gpu() else _DeviceRows

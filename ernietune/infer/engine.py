@@ -56,9 +56,9 @@ class Engine:
     ) -> None:
         """`limits` are the picture sizes; `max_length` bounds prompt and answer together, in tokens.
 
-        Without `max_length` the context is the model's, or what the cache holds where that is less. RequestError
-        when the cache cannot hold one sequence of `max_length`. `template_options` hold for every prompt, unless
-        `prepare` is told otherwise.
+        Without `max_length` the context is the model's, or what the cache holds where that is less.
+        RequestError when the cache cannot hold one sequence of `max_length`. `template_options` hold for
+        every prompt, unless `prepare` is told otherwise.
         """
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.limits = limits or ImageLimits()
@@ -141,7 +141,7 @@ class Engine:
         return Request(prompt, positions_3d(len(prompt), [], []), self._is_vision(prompt))
 
     def bad_words(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
-        """The token sequences of words for `SamplingParams.bad_words`: inside of a text and at a word's start."""
+        """The token sequences of words for `SamplingParams.bad_words`, with and without a space before."""
         found = (
             tuple(self.tokenizer.encode_plain(text)) for word in words for text in (word, f" {word.lstrip()}")
         )
@@ -160,9 +160,10 @@ class Engine:
     ) -> Callable[[], None]:
         """Start a request; return the function that cancels it, which may be called at any time.
 
-        `deliver` is called from the engine's thread, and must not block, with the deltas of every choice until each
-        had its finish reason, or with the error that ended the request. A request of a smaller `priority` number
-        goes first. Raises ContextLengthError when prompt and max_tokens exceed the context, and SettingError.
+        `deliver` is called from the engine's thread, and must not block, with the deltas of every choice until
+        each had its finish reason, or with the error that ended the request. A request of a smaller `priority`
+        number goes first. Raises ContextLengthError when prompt and max_tokens exceed the context, and
+        SettingError.
         """
         ticket = self._ticket(request, params, deliver, priority)
         self._loop.submit(ticket)
@@ -171,7 +172,7 @@ class Engine:
     def stream(
         self, request: Request, params: SamplingParams, priority: int = 0
     ) -> Generator[Delta, None, None]:
-        """Generate step by step; the last delta of each choice has the finish reason. Closing the iterator cancels.
+        """Generate step by step; the last delta of a choice has the finish reason. Closing cancels.
 
         Raises what `submit` raises at once, but starts with the first `next`. While nothing arrives it yields
         empty deltas, so that a waiting request can be closed too.

@@ -64,7 +64,7 @@ class Loop:
         return True
 
     def _fail(self, error: BaseException | None) -> None:
-        """Tell everybody that a step failed, those who have just come included; the next request starts anew."""
+        """Tell everybody that a step failed, newcomers included; the next request starts anew."""
         assert error is not None
         with self._changed:
             orders, self._inbox = self._inbox, []

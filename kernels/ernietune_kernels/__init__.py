@@ -13,6 +13,7 @@ from ernietune_kernels.block_attention import (
 )
 from ernietune_kernels.cross_entropy import linear_cross_entropy
 from ernietune_kernels.grouped_gemm import grouped_linear
+from ernietune_kernels.lora import grouped_lora_linear, lora_linear
 from ernietune_kernels.pointwise import apply_rope, quick_gelu, rms_norm, swiglu
 from ernietune_kernels.routing import Permutation, permute, route, unpermute
 
@@ -25,7 +26,9 @@ __all__ = [
     "causal_plan",
     "frame_attention",
     "grouped_linear",
+    "grouped_lora_linear",
     "linear_cross_entropy",
+    "lora_linear",
     "permute",
     "quick_gelu",
     "rms_norm",
