@@ -55,8 +55,8 @@ class PlainTemplate:
 class ScriptedModel:
     """Answers with the tokens of a script, whatever the prompt.
 
-    `seen` keeps the inputs of every forward, with the pictures that were looked at for it. Prompts have to fit into
-    one step, and the prefix cache has to be off: a sequence is known by its first slot.
+    `seen` keeps the inputs of every forward, with the pictures that were looked at for it. Prompts have
+    to fit into one step, and the prefix cache has to be off: a sequence is known by its first slot.
     """
 
     dtype = "float32"

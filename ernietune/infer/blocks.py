@@ -1,8 +1,9 @@
 """The book-keeping of the paged cache: which block is whose, and which content a block still holds.
 
-A block is room for the keys and values of `size` tokens. A full block can be named by a key that stands for its
-content and everything before it; whoever needs the same content later shares the block instead of computing it. A
-block nobody uses keeps its content until it is taken for something else, the one unused for longest first.
+A block is room for the keys and values of `size` tokens. A full block can be named by a key that stands
+for its content and everything before it; whoever needs the same content later shares the block instead of
+computing it. A block nobody uses keeps its content until it is taken for something else, the one unused
+for longest first.
 """
 
 from __future__ import annotations

@@ -160,10 +160,10 @@ class Engine:
     ) -> Callable[[], None]:
         """Start a request; return the function that cancels it, which may be called at any time.
 
-        `deliver` is called from the engine's thread, and must not block, with the deltas of every choice until
-        each had its finish reason, or with the error that ended the request. A request of a smaller `priority`
-        number goes first. Raises ContextLengthError when prompt and max_tokens exceed the context, and
-        SettingError.
+        `deliver` is called from the engine's thread, and must not block, with the deltas of every choice
+        until each had its finish reason, or with the error that ended the request. A request of a smaller
+        `priority` number goes first. Raises ContextLengthError when prompt and max_tokens exceed the
+        context, and SettingError.
         """
         ticket = self._ticket(request, params, deliver, priority)
         self._loop.submit(ticket)

@@ -20,10 +20,10 @@ _ELEMENT_BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 class EngineOptions:
     """Limits of the engine; RequestError when they contradict each other.
 
-    `max_sequences` choices run together, on at most `max_batched_tokens` tokens per step; a longer prompt is read
-    in several steps. `cache_tokens` is the size of the key/value cache, by default as many as the memory and the
-    context allow; it is handed out in blocks of `block_size` tokens. `feature_tokens` picture tokens are kept for
-    requests that show the same picture again.
+    `max_sequences` choices run together, on at most `max_batched_tokens` tokens per step; a longer prompt
+    is read in several steps. `cache_tokens` is the size of the key/value cache, by default as many as the
+    memory and the context allow; it is handed out in blocks of `block_size` tokens. `feature_tokens`
+    picture tokens are kept for requests that show the same picture again.
     """
 
     max_sequences: int = 16

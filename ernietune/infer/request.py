@@ -35,11 +35,11 @@ class SamplingParams:
 
     `max_tokens` None means as many as the context holds; 0 is allowed where only the prompt is scored.
     Temperature 0 and top_k 1 are greedy; top_k 0 or -1 keeps every token. Equal seeds give equal answers,
-    whatever else runs; None draws a fresh one. `n` asks for so many choices.
-    Presence and frequency penalties count the answer's tokens, the repetition penalty the prompt's as well.
-    `bad_words` are token sequences that must not appear, `allowed_ids` the only tokens that may.
-    Before `min_tokens` no token and no stop string ends the answer.
-    `logprobs` (and `prompt_logprobs`) is the number of alternatives to report beside each token, None for no report.
+    whatever else runs; None draws a fresh one. `n` asks for so many choices. Presence and frequency
+    penalties count the answer's tokens, the repetition penalty the prompt's as well. `bad_words` are
+    token sequences that must not appear, `allowed_ids` the only tokens that may. Before `min_tokens` no
+    token and no stop string ends the answer. `logprobs` (and `prompt_logprobs`) is the number of
+    alternatives to report beside each token, None for no report.
     """
 
     max_tokens: int | None = None
@@ -152,8 +152,8 @@ class Request:
 class TokenLogprob:
     """The natural logarithm of a token's probability, before temperature and penalties.
 
-    `top` are the most probable tokens of that place as (id, value), the best first; the token itself is among them
-    only if it is one of the best, and then with the very same value.
+    `top` are the most probable tokens of that place as (id, value), the best first; the token itself is
+    among them only if it is one of the best, and then with the very same value.
     """
 
     id: int
@@ -169,9 +169,9 @@ PromptLogprobs = tuple[TokenLogprob | None, ...]
 class Delta:
     """One step of a choice: the tokens it made and the text that became certain with them.
 
-    A delta without tokens says that the request still waits for its turn. The last one of each choice has a finish
-    reason. `logprobs` go with `ids`. The first delta of a choice tells how many prompt tokens were already in the
-    cache, and of choice 0 also the log-probabilities of the prompt.
+    A delta without tokens says that the request still waits for its turn. The last one of each choice has
+    a finish reason. `logprobs` go with `ids`. The first delta of a choice tells how many prompt tokens
+    were already in the cache, and of choice 0 also the log-probabilities of the prompt.
     """
 
     text: str = ""

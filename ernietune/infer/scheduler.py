@@ -31,8 +31,9 @@ class Chunk:
 class Scheduler:
     """First come first served within each priority.
 
-    Every running sequence gets one token per step before prompts share what is left of the step. When the blocks
-    run out, the one that came last gives its own back and starts again later (what it said stays said).
+    Every running sequence gets one token per step before prompts share what is left of the step. When the
+    blocks run out, the one that came last gives its own back and starts again later (what it said stays
+    said).
     """
 
     def __init__(self, pool: BlockPool, max_sequences: int, max_tokens: int, share_prefixes: bool) -> None:
