@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import paddle
-from ernietune_kernels import cached_attention, causal_plan
+from ernietune_kernels import cached_attention, causal_plan, decode_attention
 from numpy.typing import NDArray
 from paddle import Tensor
 from paddle.utils.dlpack import from_dlpack
@@ -58,23 +58,72 @@ class PagedCache:
 
 
 class StepCache:
-    """What the model's layers see in one step: each sequence attends to its own tokens."""
+    """What the model's layers see in one step: each sequence attends to its own tokens.
+
+    Sequences with one new token and about the same length are computed together.
+    """
 
     def __init__(self, rows: _HostRows | _DeviceRows, spans: Sequence[Span]) -> None:
         self.spans = tuple(spans)
         self._rows = rows
         self._new = rows.index(np.concatenate([span.slots[span.first :] for span in spans]))
-        self._seen = [rows.index(span.slots) for span in spans]
-        self._plans = [causal_plan(span.stop - span.start, span.length) for span in spans]
+        speaking = [span for span in spans if span.stop - span.start == 1]
+        reading = [span for span in spans if span.stop - span.start > 1]
+        self._parts: list[_Together | _Alone] = [
+            *(_Together(rows, group) for group in _of_similar_length(speaking)),
+            *(_Alone(rows, span) for span in reading),
+        ]
+        order = np.argsort(np.concatenate([part.places for part in self._parts]))
+        self._order = None if (order == np.arange(len(order))).all() else paddle.to_tensor(order)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k and v [T, KV, d] of the new tokens; what their queries [T, H, d] see of their sequences."""
         self._rows.write(layer, self._new, k, v)
-        outputs = []
-        for span, seen, plan in zip(self.spans, self._seen, self._plans, strict=True):
-            keys, values = self._rows.read(layer, seen)
-            outputs.append(cached_attention(q[span.start : span.stop], keys, values, plan))
-        return paddle.concat(outputs) if len(outputs) > 1 else outputs[0]
+        seen = [part.attend(q, *self._rows.read(layer, part.slots)) for part in self._parts]
+        whole = paddle.concat(seen) if len(seen) > 1 else seen[0]
+        return whole if self._order is None else paddle.gather(whole, self._order)
+
+
+class _Alone:
+    """A sequence that reads several tokens."""
+
+    def __init__(self, rows: _HostRows | _DeviceRows, span: Span) -> None:
+        self.places = np.arange(span.start, span.stop)
+        self.slots = rows.index(span.slots)
+        self._start, self._stop = span.start, span.stop
+        self._plan = causal_plan(span.stop - span.start, span.length)
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return cached_attention(q[self._start : self._stop], keys, values, self._plan)
+
+
+class _Together:
+    """Sequences with one new token each; their slots are padded to the longest with their own first slot."""
+
+    def __init__(self, rows: _HostRows | _DeviceRows, spans: Sequence[Span]) -> None:
+        self.places = np.array([span.start for span in spans], np.int64)
+        self._places = paddle.to_tensor(self.places)
+        lengths = np.array([span.length for span in spans])[:, None]
+        columns = np.arange(lengths.max())
+        slots = np.stack([np.resize(span.slots[:1], columns.size) for span in spans])
+        for row, span in zip(slots, spans, strict=True):
+            row[: span.length] = span.slots
+        self.slots = rows.index(slots)
+        self._bias = paddle.to_tensor(np.where(columns < lengths, 0, -np.inf).astype(np.float32))
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return decode_attention(paddle.gather(q, self._places), keys, values, self._bias)
+
+
+def _of_similar_length(spans: Sequence[Span]) -> list[list[Span]]:
+    """Groups in which the longest is at most twice the shortest: less than half of the work is padding."""
+    groups: list[list[Span]] = []
+    for span in sorted(spans, key=lambda span: span.length):
+        if groups and span.length <= 2 * groups[-1][0].length:
+            groups[-1].append(span)
+        else:
+            groups.append([span])
+    return [sorted(group, key=lambda span: span.start) for group in groups]
 
 
 class _HostRows:
@@ -94,7 +143,7 @@ class _HostRows:
             rows[:, slots] = np.from_dlpack(new.detach()).transpose(1, 0, 2)
 
     def read(self, layer: int, slots: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """(keys, values) in these slots, each contiguous [KV, S, d]."""
+        """(keys, values) in slots [S] or [B, S], each contiguous [KV, S, d] or [KV, B, S, d]."""
         keys, values = self._all[layer]
         return from_dlpack(keys.take(slots, axis=1)), from_dlpack(values.take(slots, axis=1))
 
@@ -114,8 +163,12 @@ class _DeviceRows:
             paddle.scatter_(rows, slots, new)
 
     def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """(keys, values) in these slots, each contiguous [KV, S, d]."""
-        keys, values = (paddle.gather(rows, slots).transpose([1, 0, 2]) for rows in self._all[layer])
+        """(keys, values) in slots [S] or [B, S], each contiguous [KV, S, d] or [KV, B, S, d]."""
+        axes = [slots.ndim, *range(slots.ndim), slots.ndim + 1]
+        keys, values = (
+            paddle.gather(rows, slots.flatten()).reshape([*slots.shape, *rows.shape[1:]]).transpose(axes)
+            for rows in self._all[layer]
+        )
         return keys.contiguous(), values.contiguous()
 
 

@@ -151,6 +151,10 @@ class Engine:
         """What runs, what waits, and the totals since the start."""
         return self._loop.core.stats()
 
+    def close(self) -> None:
+        """End what runs, with RequestError for who waits for it; a later request starts the engine again."""
+        self._loop.close()
+
     def submit(
         self,
         request: Request,
@@ -160,10 +164,10 @@ class Engine:
     ) -> Callable[[], None]:
         """Start a request; return the function that cancels it, which may be called at any time.
 
-        `deliver` is called from the engine's thread, and must not block, with the deltas of every choice
-        until each had its finish reason, or with the error that ended the request. A request of a smaller
-        `priority` number goes first. Raises ContextLengthError when prompt and max_tokens exceed the
-        context, and SettingError.
+        `deliver` is called from the engine's thread, and must neither block nor raise, with the deltas of
+        every choice until each had its finish reason, or with the error that ended the request. A request of
+        a smaller `priority` number goes first. Raises ContextLengthError when prompt and max_tokens exceed
+        the context, and SettingError.
         """
         ticket = self._ticket(request, params, deliver, priority)
         self._loop.submit(ticket)

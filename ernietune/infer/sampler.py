@@ -12,6 +12,9 @@ from ernietune.infer.penalties import Penalties
 from ernietune.infer.request import SamplingParams, TokenLogprob
 
 _NO_PROMPT = np.zeros(0, np.int64)
+# Tokens less probable than e^-50 times the best are not looked at: a whole vocabulary of them would be drawn
+# less than once in 10^16 draws.
+_NEGLIGIBLE = -50.0
 
 
 class Sampler:
@@ -58,8 +61,7 @@ class Sampler:
         order = np.argsort(tokens, kind="stable")
         edges = probabilities[order].cumsum()
         drawn = int(np.searchsorted(edges, self._random.random() * edges[-1], side="right"))
-        last = int(np.searchsorted(edges, edges[-1]))  # what follows has probability zero
-        return int(tokens[order[min(drawn, last)]])
+        return int(tokens[order[min(drawn, order.size - 1)]])
 
 
 def _seed(seed: int | None, choice: int) -> int | list[int] | None:
@@ -76,11 +78,12 @@ def candidates(
 
     The order is temperature, min_p, then top_k, then top_p over what they left.
     """
-    scaled = (logits.astype(np.float64) - logits.max()) / params.temperature
-    tokens = np.flatnonzero(scaled >= np.log(params.min_p)) if params.min_p else np.arange(scaled.size)
+    best = float(logits.max())
+    least = max(_NEGLIGIBLE, np.log(params.min_p)) if params.min_p else _NEGLIGIBLE
+    tokens = np.flatnonzero(logits >= best + least * params.temperature)
     if 0 < params.top_k < tokens.size:
-        tokens = tokens[np.argpartition(-scaled[tokens], params.top_k - 1)[: params.top_k]]
-    probabilities = np.exp(scaled[tokens])
+        tokens = tokens[np.argpartition(-logits[tokens], params.top_k - 1)[: params.top_k]]
+    probabilities = np.exp((logits[tokens].astype(np.float64) - best) / params.temperature)
     probabilities /= probabilities.sum()
     if params.top_p == 1:
         return tokens, probabilities
@@ -94,12 +97,12 @@ def candidates(
 
 def log_probability(logits: NDArray[np.float32], token: int, count: int) -> TokenLogprob:
     """The token's log-probability under logits [V], and the `count` best tokens with theirs."""
-    wide = logits.astype(np.float64)
-    wide -= wide.max()
-    values = wide - np.log(np.exp(wide).sum())
+    peak = logits.max()
+    total = float(peak) + float(np.log(np.exp(logits - peak).sum(dtype=np.float64)))
+    value = float(logits[token]) - total
     if not count:
-        return TokenLogprob(token, float(values[token]))
-    count = min(count, values.size)
-    best = np.argpartition(-values, count - 1)[:count]
-    best = best[np.lexsort((best, -values[best]))]
-    return TokenLogprob(token, float(values[token]), tuple((int(i), float(values[i])) for i in best))
+        return TokenLogprob(token, value)
+    count = min(count, logits.size)
+    best = np.argpartition(-logits, count - 1)[:count]
+    best = best[np.lexsort((best, -logits[best]))]
+    return TokenLogprob(token, value, tuple((int(i), float(logits[i]) - total) for i in best))

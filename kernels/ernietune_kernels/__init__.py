@@ -9,6 +9,7 @@ from ernietune_kernels.block_attention import (
     attention,
     cached_attention,
     causal_plan,
+    decode_attention,
     frame_attention,
 )
 from ernietune_kernels.cross_entropy import linear_cross_entropy
@@ -24,6 +25,7 @@ __all__ = [
     "attention",
     "cached_attention",
     "causal_plan",
+    "decode_attention",
     "frame_attention",
     "grouped_linear",
     "grouped_lora_linear",

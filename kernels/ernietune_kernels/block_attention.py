@@ -119,6 +119,18 @@ def cached_attention(q_THd: Tensor, k_KSd: Tensor, v_KSd: Tensor, plan: Attentio
     return _ungrouped(pieces, groups, repeat)
 
 
+def decode_attention(q_BHd: Tensor, k_KBSd: Tensor, v_KBSd: Tensor, bias_BS: Tensor) -> Tensor:
+    """One query for each of B sequences over its own keys, padded to S: [B, H, d]; no gradients.
+
+    `bias_BS` is 0 where a key is one and -inf where it is padding, which must be finite nonetheless.
+    """
+    groups, batch, _, width = k_KBSd.shape
+    q = (q_BHd * width**-0.5).reshape([batch, groups, -1, width]).transpose([1, 0, 2, 3])
+    scores = paddle.matmul(q, k_KBSd, transpose_y=True).astype("float32") + bias_BS.unsqueeze(1)
+    seen = paddle.matmul(F.softmax(scores).astype(v_KBSd.dtype), v_KBSd)
+    return seen.transpose([1, 0, 2, 3]).reshape([batch, -1, width])
+
+
 class _BlockAttention(PyLayer):
     """Keeps q, k, v and the output; the weights of a block are computed again in the backward pass."""
 

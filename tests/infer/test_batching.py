@@ -39,7 +39,7 @@ def crowded(model: CausalLM, options: EngineOptions = CROWDED) -> Engine:
 
 
 def requests(model: CausalLM, count: int) -> list[Request]:
-    """Prompts of 1 to 77 tokens; every third has the same beginning, of a VL model's every other has pictures."""
+    """Prompts of 1 to 77 tokens; every third begins alike, every other has pictures (VL)."""
     generator = np.random.default_rng(5)
     shared = generator.integers(10, 200, 26)
     made = []

@@ -24,7 +24,7 @@ def test_sequences_in_scattered_blocks_attend_to_themselves(kind: type) -> None:
     """Two sequences read in pieces that share steps: as if each had been read at once, in both layers."""
     generator = np.random.default_rng(0)
     rows = kind(LAYERS, KV, WIDTH, 48, "float32")
-    lengths, blocks = (11, 5), ([3, 1, 7], [0, 9])
+    lengths, blocks = (11, 6), ([3, 1, 7], [0, 9])
     slots = [slots_of(table, 4, length) for table, length in zip(blocks, lengths, strict=True)]
     whole = [
         [
@@ -35,7 +35,8 @@ def test_sequences_in_scattered_blocks_attend_to_themselves(kind: type) -> None:
         ]
         for _ in range(LAYERS)
     ]
-    steps = [[(0, 0, 9), (1, 0, 3)], [(1, 3, 4)], [(1, 4, 5), (0, 9, 11)]]  # (sequence, first, last)
+    # (sequence, first, last): both reading, reading before speaking, both speaking
+    steps = [[(0, 0, 9), (1, 0, 3)], [(1, 3, 5), (0, 9, 10)], [(1, 5, 6), (0, 10, 11)]]
     seen = [[[], []] for _ in range(LAYERS)]
     with paddle.no_grad():
         for parts in steps:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -326,3 +329,27 @@ def test_the_urgent_go_first() -> None:
     assert order[-1] == "late"
     assert order.index("urgent") < order.index("second")
     assert order.index("first") < order.index("second") < order.index("late")
+
+
+def test_closing_ends_what_runs_and_a_later_request_starts_again() -> None:
+    spoken = engine("endless", end=False)
+    request = spoken.prepare(ask("?"))
+    endless = spoken.stream(request, SamplingParams(temperature=0.0))
+    assert next(endless).text == "e"
+    spoken.close()
+    with pytest.raises(RequestError, match="closed before the answer was complete"):
+        list(endless)
+    assert spoken.stats().free_blocks == spoken.stats().blocks
+    spoken.close()
+    assert spoken.generate(request, SamplingParams(temperature=0.0, max_tokens=3)).text == "end"
+
+
+def test_a_program_may_end_while_answers_are_under_way() -> None:
+    script = (
+        "from ernietune.infer.request import SamplingParams\nfrom tests.fakes import engine\n"
+        "spoken = engine('endless', end=False, max_length=4000)\nrequest = spoken.prepare_ids([20])\n"
+        "stream = spoken.stream(request, SamplingParams(temperature=0.0))\nnext(stream)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
