@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ernietune.errors import RequestError
 from ernietune.infer.blocks import BlockPool
@@ -144,3 +146,53 @@ def test_the_cache_is_no_larger_than_all_sequences_need() -> None:
     assert EngineOptions(cache_tokens=100, block_size=16).blocks(config, "float32", 100) == 6
     width = config.num_key_value_heads * config.head_dim
     assert token_bytes(config, "float32") == 2 * 4 * config.num_hidden_layers * width
+
+
+ORDERS = st.lists(
+    st.tuples(
+        st.integers(1, 22),  # tokens of the prompt
+        st.integers(0, 3),  # which of four beginnings it has
+        st.integers(1, 9),  # tokens of the answer
+        st.integers(-1, 1),  # priority
+        st.integers(0, 12),  # steps before it comes
+        st.one_of(st.none(), st.integers(0, 12)),  # steps after which it is given up
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(orders=ORDERS, blocks=st.integers(8, 14), together=st.integers(1, 4), tokens=st.integers(4, 16))
+def test_everybody_gets_everything_whatever_comes_and_goes(
+    orders: list[tuple], blocks: int, together: int, tokens: int
+) -> None:
+    """31 tokens at most fit into the 8 blocks of 4: each alone can always be served."""
+    plan, pool = scheduler(blocks, together, tokens)
+    coming = [
+        (after, sequence(length, priority, answer, first=100 * kind), leaves)
+        for length, kind, answer, priority, after, leaves in orders
+    ]
+    given_up, done = [], []
+    for step in range(1000):
+        for after, one, _ in coming:
+            if after == step:
+                plan.add(one)
+        for after, one, leaves in coming:
+            if leaves is not None and step == after + leaves and one not in done:
+                plan.remove(one)
+                given_up.append(one)
+        chunks = read(plan)
+        assert sum(chunk.tokens for chunk in chunks) <= tokens
+        assert len(plan.running) <= together
+        assert bool(chunks) == bool(plan.running or plan.waiting)
+        assert pool.free == blocks - len({block for one in plan.running for block in one.blocks})
+        for one in list(plan.running):
+            assert one.computed <= len(one.blocks) * SIZE
+            if one.length - one.prompt_length == one.generation.budget:
+                plan.remove(one)
+                done.append(one)
+        if not plan.running and not plan.waiting and step > 12:
+            break
+    assert set(done) | set(given_up) == {one for _, one, _ in coming}
+    assert pool.free == blocks
