@@ -67,10 +67,9 @@ class SamplingParams:
         self._check_lengths()
         self._check_sampling()
         self._check_words()
-        for field in ("logprobs", "prompt_logprobs"):
-            value: int | None = {"logprobs": self.logprobs, "prompt_logprobs": self.prompt_logprobs}[field]
-            fine = value is None or 0 <= value <= MAX_LOGPROBS
-            _check(fine, field, value, f"between 0 and {MAX_LOGPROBS}")
+        for field, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            fine = count is None or 0 <= count <= MAX_LOGPROBS
+            _check(fine, field, count, f"between 0 and {MAX_LOGPROBS}")
 
     def _check_lengths(self) -> None:
         least = 1 if self.prompt_logprobs is None else 0

@@ -83,13 +83,14 @@ def candidates(
     tokens = np.flatnonzero(logits >= best + least * params.temperature)
     if 0 < params.top_k < tokens.size:
         tokens = tokens[np.argpartition(-logits[tokens], params.top_k - 1)[: params.top_k]]
-    probabilities = np.exp((logits[tokens].astype(np.float64) - best) / params.temperature)
+    scaled = (logits[tokens] - np.float32(best)) / np.float32(params.temperature)
+    probabilities = np.exp(scaled).astype(np.float64)
     probabilities /= probabilities.sum()
     if params.top_p == 1:
         return tokens, probabilities
     # All below (1 - top_p) / n together have less than the 1 - top_p that may go: no need to sort those.
     likely = np.flatnonzero(probabilities >= (1 - params.top_p) / tokens.size)
-    order = likely[np.lexsort((tokens[likely], -probabilities[likely]))]
+    order = likely[np.lexsort((tokens[likely], -scaled[likely]))]
     tokens, probabilities = tokens[order], probabilities[order]
     kept = int(np.searchsorted(probabilities.cumsum(), params.top_p)) + 1
     return tokens[:kept], probabilities[:kept]

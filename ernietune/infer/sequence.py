@@ -58,9 +58,7 @@ class Sequence:
         generation: Generation,
         priority: int,
         arrival: int,
-        salt: bytes = b"",
     ) -> None:
-        """`salt` keeps sequences apart that must not share blocks although their tokens are equal."""
         self.media, self.generation, self.rank = media, generation, (priority, arrival, generation.index)
         self.prompt_length = self.length = len(request.ids)
         self.computed = 0  # tokens whose keys and values are in `blocks`
@@ -72,7 +70,6 @@ class Sequence:
         self.ids[: self.length], self.positions[: self.length] = request.ids, request.positions
         self._next_position = request.next_position
         self._keys: list[bytes] = []
-        self._salt = salt
 
     @property
     def priority(self) -> int:
@@ -109,7 +106,7 @@ class Sequence:
     def _key(self, start: int, size: int) -> bytes:
         """Tokens, positions and pixels decide what a block holds, and everything before it."""
         stop = start + size
-        parent = self._keys[-1] if self._keys else self._salt
+        parent = self._keys[-1] if self._keys else b""
         pixels = [medium.key for medium in self.media if medium.start < stop and start < medium.stop]
         return chained(parent, self.ids[start:stop].data, self.positions[start:stop].data, *pixels)
 
