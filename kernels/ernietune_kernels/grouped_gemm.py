@@ -15,8 +15,8 @@ from paddle.utils import dlpack
 def expert_views(stack: Tensor) -> list[Tensor]:
     """One tensor per expert that shares the stack's memory.
 
-    On a CPU `stack[e]` copies the matrix (strided views are off, see ernietune.environment), which costs as much as
-    a small product; the array protocol gives true views.
+    On a CPU `stack[e]` copies the matrix (strided views are off, see ernietune.environment), which costs as
+    much as a small product; the array protocol gives true views.
     """
     if stack.place.is_cpu_place():
         array = np.from_dlpack(stack.detach())
@@ -34,7 +34,7 @@ def _blocks(counts: list[int]) -> Iterator[tuple[int, int, int]]:
 
 
 class _GroupedLinear(PyLayer):
-    """One node for all experts: Paddle's own graph would build and scatter a full weight gradient per expert."""
+    """One node for all experts: Paddle's own graph would scatter a full weight gradient per expert."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int], views: list[Tensor]) -> Tensor:

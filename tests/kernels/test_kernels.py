@@ -4,8 +4,7 @@ import ernietune_kernels as kernels
 import numpy as np
 import paddle
 import pytest
-from ernietune_kernels import block_attention
-from ernietune_kernels import reference
+from ernietune_kernels import block_attention, reference
 
 
 def random(*shape, trainable=True, seed=0):
