@@ -46,6 +46,11 @@ class Sample:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def trained(self) -> int:
+        """How many tokens have a target; the first token of a sample is never predicted."""
+        return int(np.count_nonzero(self.labels[1:] != IGNORE))
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -111,7 +116,11 @@ class Encoder:
         rendered = self._render(conversation, pictures, where)
         if not rendered.untrained_turns:
             return [self._fitted(conversation, pictures, rendered, where)]
-        return [self._fitted(*piece) for piece in self._pieces(conversation, pictures, where)]
+        pieces = list(self._pieces(conversation, pictures, where))
+        results = [self._fitted(*piece) for piece in pieces]
+        if self.overlong == "truncate":
+            return _cut_behind_last(results, [len(piece[0].messages) for piece in pieces], where)
+        return results
 
     def _pieces(
         self, conversation: Conversation, pictures: Sequence[Picture], where: str
@@ -229,6 +238,15 @@ class Picture:
 
     patches: NDArray[np.uint8]
     grid: tuple[int, int, int]
+
+
+def _cut_behind_last(results: Sequence[Sample | Skipped], ends: Sequence[int]) -> list[Sample | Skipped]:
+    """What is left of a split conversation whose longer pieces do not fit: the last that does tells of it."""
+    kept = [(result, end) for result, end in zip(results, ends, strict=True) if isinstance(result, Sample)]
+    if not kept:
+        return [results[-1]]
+    last, end = kept[-1]
+    return [*(result for result, _ in kept[:-1]), replace(last, where=where, cut=last.cut + ends[-1] - end)]
 
 
 def _up_to(part: Conversation, whole: Conversation, where: str) -> str:

@@ -41,6 +41,12 @@ def form_of(record: object) -> Form | None:
     return "alpaca" if keys & {*QUESTION_KEYS} and keys & {*ANSWER_KEYS} else None
 
 
+def is_pair(record: object, form: Form) -> bool:
+    """Whether a record of a file of this form is a preference pair."""
+    is_ranked = form == "erniekit" and isinstance(record, dict) and "response" in record
+    return form == "preference" or is_ranked
+
+
 def form_of_source(source: Source) -> Form:
     """The form of a whole file: that of its first record which has one."""
     for index in range(min(len(source), PROBED)):
