@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ernietune.data.dataset import BadRecord, Encoder, Sample
@@ -100,6 +100,7 @@ def _encoded(source: Source, row: int, encoder: Encoder | None, form: Form) -> I
     record = source.read(row)
     if is_pair(record, form):
         conversations = _sides(to_pair(record, where))
+        encoder = encoder and replace(encoder, train_on="last")
     else:
         conversations = [to_conversation(record, where, form)]
     for conversation in conversations:

@@ -240,7 +240,9 @@ class Picture:
     grid: tuple[int, int, int]
 
 
-def _cut_behind_last(results: Sequence[Sample | Skipped], ends: Sequence[int]) -> list[Sample | Skipped]:
+def _cut_behind_last(
+    results: Sequence[Sample | Skipped], ends: Sequence[int], where: str
+) -> list[Sample | Skipped]:
     """What is left of a split conversation whose longer pieces do not fit: the last that does tells of it."""
     kept = [(result, end) for result, end in zip(results, ends, strict=True) if isinstance(result, Sample)]
     if not kept:
