@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ernietune.data.dataset import BadRecord, Encoder, Sample
-from ernietune.data.formats import Form, form_of_source, is_pair, to_conversation
-from ernietune.data.preference import PreferencePair, to_pair
+from ernietune.data.formats import Form, form_of_source
+from ernietune.data.records import encode_record
 from ernietune.data.sources import Source, open_source
 from ernietune.data.stream import ordered_map
 from ernietune.errors import DataError
-from ernietune.media.image import open_image
 from ernietune.text.fields import FieldError
-from ernietune.text.messages import Conversation
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def _check_source(source: Source, encoder: Encoder | None, form: Form, workers: 
 
 def _examine(source: Source, row: int, encoder: Encoder | None, form: Form) -> list[Sample] | Finding:
     try:
-        return list(_encoded(source, row, encoder, form))
+        return list(encode_record(source, row, encoder, form))
     except BadRecord as error:
         return Finding(error.reason, error.field, str(error))
     except FieldError as error:
@@ -94,43 +92,15 @@ def _examine(source: Source, row: int, encoder: Encoder | None, form: Form) -> l
         return Finding("malformed", "", str(error))
 
 
-def _encoded(source: Source, row: int, encoder: Encoder | None, form: Form) -> Iterator[Sample]:
-    """The samples of a record, none without an encoder; DataError for whatever is wrong."""
-    where = source.where(row)
-    record = source.read(row)
-    if is_pair(record, form):
-        conversations = _sides(to_pair(record, where))
-        encoder = encoder and replace(encoder, train_on="last")
-    else:
-        conversations = [to_conversation(record, where, form)]
-    for conversation in conversations:
-        if encoder is None:
-            _check_without_model(conversation, where, source.folder)
-            continue
-        for result in encoder.encode(conversation, where, source.folder):
-            if not isinstance(result, Sample):
-                raise BadRecord(result.reason, result.detail)
-            yield result
-
-
-def _sides(pair: PreferencePair) -> list[Conversation]:
-    """The two dialogues that a pair stands for."""
-    return [
-        Conversation((*pair.prompt.messages, answer), pair.prompt.tools)
-        for answer in (pair.chosen, pair.rejected)
+def lines(report: Report) -> list[str]:
+    """Every finding, then the summary by reason."""
+    text = [f"{finding.detail}  [{finding.reason}]" for finding in report.findings]
+    counted = f"{report.samples:,} samples, {report.tokens:,} tokens, {report.trained:,} of them trained"
+    tail = f"; {counted}" if report.samples else ""
+    if not report.findings:
+        return [f"{report.records:,} records, nothing wrong{tail}"]
+    text += ["", f"{report.records:,} records, {len(report.findings):,} wrong{tail}"]
+    width = max(len(f"{count:,}") for _, _, count in report.summary)
+    return text + [
+        f"  {count:>{width},}  {reason}  {path}".rstrip() for reason, path, count in report.summary
     ]
-
-
-def _check_without_model(conversation: Conversation, where: str, folder: Path) -> None:
-    """What needs no chat format: an answer at the end that is trained, and pictures that open."""
-    if conversation.messages[-1].role != "assistant":
-        raise BadRecord(
-            "no answer", f"{where}: the last message must be the assistant's, it is what is trained"
-        )
-    if not any(message.role == "assistant" and message.trained for message in conversation.messages):
-        raise BadRecord("nothing trained", f"{where}: no answer of this record is trained")
-    for url in conversation.images:
-        try:
-            open_image(url, folder)
-        except DataError as error:
-            raise BadRecord("image", f"{where}: {error}") from error

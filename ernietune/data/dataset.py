@@ -128,8 +128,11 @@ class Encoder:
         """The arguments of `_fitted` for each sample of a conversation that one sequence cannot train."""
         for exchange in exchanges(conversation):
             rendered = self._render(exchange, pictures[: len(exchange.images)], where)
-            parts = [exchange] if not rendered.untrained_turns else single_answers(exchange)
-            for part in parts:
+            if not rendered.untrained_turns:
+                seen = pictures[: len(exchange.images)]
+                yield exchange, seen, rendered, _up_to(exchange, conversation, where)
+                continue
+            for part in single_answers(exchange):
                 seen = pictures[: len(part.images)]
                 yield part, seen, self._render(part, seen, where), _up_to(part, conversation, where)
 
