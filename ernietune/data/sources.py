@@ -5,6 +5,7 @@ A source keeps where every record lies, never the parsed records: 24 bytes a rec
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -256,10 +257,15 @@ def _open_csv(path: Path) -> CsvSource:
     from datasets.exceptions import DatasetGenerationError
 
     try:
-        # Without these, a column of digits would become numbers and the word "null" would vanish.
-        table = datasets.Dataset.from_csv(str(path), dtype=str, keep_default_na=False)
+        with open(path, encoding="utf-8-sig", newline="") as handle:
+            columns = next(csv.reader(handle), [])
+        # Else a column of digits would become numbers, and the word "null" would vanish.
+        features = datasets.Features({column: datasets.Value("string") for column in columns})
+        table = datasets.Dataset.from_csv(
+            str(path), features=features, keep_default_na=False, encoding="utf-8-sig"
+        )
         return CsvSource(path, table)
-    except (DatasetGenerationError, OSError, ValueError) as error:
+    except (DatasetGenerationError, OSError, ValueError, csv.Error) as error:
         cause = error.__cause__ or error
         raise DataError(
             f"{path}: cannot be read as CSV ({cause}); its first line names the columns"
