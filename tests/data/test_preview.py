@@ -146,3 +146,11 @@ def test_wrong_options_are_named() -> None:
         data_section(None, "csv", "all", False)
     with pytest.raises(ConfigError, match="--max-length is 0"):
         data_section(0, "auto", "all", False)
+
+
+def test_options_without_effect_are_refused(model: str) -> None:
+    data = data_section(None, "auto", "all", False)
+    with pytest.raises(ConfigError, match="need --model"):
+        run_check([SAMPLES / "messages.jsonl"], None, "vl", data)
+    with pytest.raises(ConfigError, match="--first is 7, but .*messages.jsonl has 1 records"):
+        run_preview([SAMPLES / "messages.jsonl"], model, "auto", data, range(7, 8), None)
