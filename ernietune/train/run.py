@@ -17,10 +17,10 @@ from ernietune.checkpoint import state
 from ernietune.checkpoint.adapter import save_adapter
 from ernietune.checkpoint.load import load_model, save_model
 from ernietune.checkpoint.processor import Processor
-from ernietune.config import Config, DataSection
+from ernietune.config import Config
+from ernietune.data.build import dataset_of
 from ernietune.data.collate import Batch
-from ernietune.data.dataset import Dataset, Encoder, VisionTokens
-from ernietune.data.formats import open_source
+from ernietune.data.dataset import Dataset
 from ernietune.data.stream import Stream, StreamOptions, count_batches, sample_lengths
 from ernietune.errors import ConfigError, ErnietuneError
 from ernietune.lora import inject, unfreeze
@@ -39,7 +39,7 @@ def main(config: Config) -> Path:
     # 2. The checkpoint's words and pixels, then the data: mistakes there are found before weights are read.
     base = state.checkpoint_in(hub.resolve(config.model.path))
     processor = processor_of(config, base)
-    train_set = dataset(config.data, config.data.train, processor)
+    train_set = dataset_of(config.data, config.data.train, processor, config.data.weights or None)
     evaluation = evaluation_set(config, processor)
     # 3. The model, and what of it trains.
     paddle.seed(config.train.seed)
@@ -110,23 +110,6 @@ def processor_of(config: Config, base: Path) -> Processor:
     return Processor.load(base, None if config.model.template == "auto" else config.model.template)
 
 
-def dataset(data: DataSection, paths: list[str], processor: Processor) -> Dataset:
-    """The records of some files, to be encoded as `data` says."""
-    model = processor.config
-    vision = None
-    if model.image_token_id is not None:
-        vision = VisionTokens(model.image_token_id, frozenset(model.vision_token_ids))
-    encoder = Encoder(
-        template=processor.template,
-        max_length=data.max_length,
-        overlong=data.overlong,  # type: ignore[arg-type]
-        vision=vision,
-        limits=processor.limits_with(data.min_pixels, data.max_pixels),
-        template_options={"enable_thinking": data.enable_thinking, "train_all_turns": data.train_all_turns},
-    )
-    return Dataset([open_source(path) for path in paths], encoder, data.on_error)  # type: ignore[arg-type]
-
-
 def stream_options(config: Config) -> StreamOptions:
     """How samples become micro-batches."""
     data, train = config.data, config.train
@@ -144,7 +127,7 @@ def evaluation_set(config: Config, processor: Processor) -> Callable[[], Iterato
     """A function that gives the evaluation batches from the start, in the files' order."""
     if not config.data.eval:
         return None
-    held_out = dataset(config.data, config.data.eval, processor)
+    held_out = dataset_of(config.data, config.data.eval, processor)
     options = StreamOptions(
         max_length=config.data.max_length,
         packing=config.data.packing,
@@ -189,7 +172,7 @@ def total_steps(config: Config, train_set: Dataset, options: StreamOptions) -> i
     assert config.train.epochs is not None
     console.print(f"reading {len(train_set)} records to count the steps of {config.train.epochs} epochs")
     lengths = sample_lengths(train_set, options.workers)
-    batches = count_batches(lengths, replace(options, epochs=config.train.epochs))
+    batches = count_batches(train_set, lengths, replace(options, epochs=config.train.epochs))
     return -(-batches // config.train.accumulation)
 
 
