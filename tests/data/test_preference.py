@@ -33,6 +33,10 @@ def test_the_canonical_record() -> None:
     )
 
 
+def pair_of(messages: list[Any], chosen: Any, rejected: Any) -> dict[str, Any]:
+    return {"messages": messages, "chosen": chosen, "rejected": rejected}
+
+
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
