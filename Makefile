@@ -37,7 +37,7 @@ test: $(BASE) ## Run the tests; needs no torch.
 	@$(BIN)/python -m pytest -m "not parity"
 
 parity: $(PARITY) ## Compare with torch and transformers, which are installed for it.
-	@$(BIN)/python -m pytest -m parity
+	@$(BIN)/python -m pytest -m parity -rP
 
 lint: $(DEV) ## ruff, mypy and the import rules.
 	$(BIN)/ruff check

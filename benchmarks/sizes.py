@@ -1,7 +1,7 @@
 """Real widths on this machine: make a random checkpoint, train LoRA steps, export, answer once.
 
     python benchmarks/sizes.py dense     the 0.3B shape: 5 steps of 512 tokens
-    python benchmarks/sizes.py vl        two layers of VL-28B-A3B with its whole vision tower: 1 step with a picture
+    python benchmarks/sizes.py vl        two layers of VL-28B-A3B and its vision tower: 1 step, 1 picture
 
 Prints seconds and peak memory of each command. `vl` needs 24 GB of disk and of memory.
 """

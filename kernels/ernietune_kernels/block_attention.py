@@ -79,8 +79,7 @@ def _softmax_block(q: Tensor, k: Tensor, block: _Block, repeat: int) -> Tensor:
     scores = paddle.matmul(q, k, transpose_y=True).astype("float32")
     if block.bias is not None:
         rows, columns = block.bias.shape
-        shape = scores.shape
-        scores = (scores.reshape([-1, repeat, rows, columns]) + block.bias).reshape(shape)
+        scores.reshape([-1, repeat, rows, columns]).add_(block.bias)  # a view: masks in place
     return F.softmax(scores).astype(q.dtype)
 
 
@@ -143,9 +142,8 @@ class _BlockAttention(PyLayer):
             rows, keys_b = _rows(queries, block), keys[:, span]
             weights = _softmax_block(rows, keys_b, block, repeat)
             out_grad = _rows(gradient, block)
-            scores = weights * (
-                paddle.matmul(out_grad, values[:, span], transpose_y=True) - _rows(inner, block)
-            )
+            scores = paddle.matmul(out_grad, values[:, span], transpose_y=True)
+            scores = scores.subtract_(_rows(inner, block)).multiply_(weights)
             grad_v[:, span] = grad_v[:, span] + paddle.matmul(weights, out_grad, transpose_x=True)
             grad_k[:, span] = grad_k[:, span] + paddle.matmul(scores, rows, transpose_x=True)
             pieces.append(paddle.matmul(scores, keys_b) * scale)
