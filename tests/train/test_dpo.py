@@ -101,7 +101,7 @@ def test_the_losses_by_hand(options):
 
 
 def pair_of(layout, chosen, rejected, grids=(), seed=0):
-    """A pair with random ids: a prompt as in `tiny.document`, ending in text, and answers of given lengths."""
+    """A pair with random ids: a prompt as in `tiny.document`, ending in text, with two answers."""
     generator = np.random.default_rng([seed, 1])
     prompt, _ = tiny.document(layout, grids, seed)
     patches = [generator.integers(0, 256, (np.prod(grid), 588), dtype=np.uint8) for grid in grids]
