@@ -3,7 +3,7 @@
     pip install torch==2.13.0 transformers==5.23.0 peft && python benchmarks/train_step.py
 
 Hidden 512, 8 layers, 16 experts (top 4, width 256), 2 shared experts, vocabulary 16,384; two documents of
-1,024 tokens, the second half of each labelled; rank 8 on attention, dense, shared and routed experts. Each side
+1,024 tokens, the second half of each labelled; rank 8 on attention, dense, shared, routed experts. Each side
 runs in its own process, three times in turn; the best is printed, in CPU-seconds because the machine may be
 shared.
 """

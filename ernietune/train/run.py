@@ -224,7 +224,9 @@ def total_steps(config: Config, train_set: Dataset | PairDataset, options: Strea
 def weights_writer(model: CausalLM, config: Config, base: Path) -> Callable[[Path], None]:
     """What a checkpoint holds: the adapter alone, or the whole model in the base's layout."""
     if config.lora.enabled:
-        return lambda folder: save_adapter(model, folder, str(base))
+        # A hub id stays one: the local copy of it is nobody else's path.
+        name = str(base) if Path(config.model.path).exists() else config.model.path
+        return lambda folder: save_adapter(model, folder, name)
     return lambda folder: save_model(model, folder, like=base)
 
 
