@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from ernietune.data.dataset import VisionTokens
-from ernietune.data.formats import open_source, read_records
 from ernietune.data.pairs import Pair, PairDataset, PairEncoder, collate_pairs
+from ernietune.data.sources import open_source, read_records
 from ernietune.data.stream import Stream, StreamOptions
 from ernietune.media.image import ImageLimits
 from ernietune.text.template import Template

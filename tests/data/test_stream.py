@@ -12,11 +12,11 @@ from letters import letter_dataset, picture, turn, write_lines
 
 from ernietune.data.collate import Batch
 from ernietune.data.dataset import Dataset
+from ernietune.data.mixing import epoch_order
 from ernietune.data.stream import (
     Stream,
     StreamOptions,
     count_batches,
-    epoch_order,
     ordered_map,
     sample_lengths,
 )
@@ -67,7 +67,7 @@ def test_every_sample_once_an_epoch_in_rows_that_fit(dataset: Dataset, packing: 
     assert sorted(seen[RECORDS:]) == expected
     assert seen[:RECORDS] != seen[RECORDS:]
     assert all(batch.tokens <= 32 * rows for batch in batches)
-    assert len(batches) == count_batches(sample_lengths(dataset), options)
+    assert len(batches) == count_batches(dataset, sample_lengths(dataset), options)
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -95,7 +95,7 @@ def test_ranks_share_an_epoch_without_overlap(dataset: Dataset) -> None:
     for rank in range(3):
         options = StreamOptions(max_length=32, epochs=1, rank=rank, world=3)
         batches = list(Stream(dataset, options))
-        assert len(batches) == count_batches(sample_lengths(dataset), options)
+        assert len(batches) == count_batches(dataset, sample_lengths(dataset), options)
         seen += answers(batches)
     assert sorted(seen) == [chr(ord("A") + number) for number in range(RECORDS)]
 
@@ -103,7 +103,7 @@ def test_ranks_share_an_epoch_without_overlap(dataset: Dataset) -> None:
 def test_ranks_count_over_several_epochs(dataset: Dataset) -> None:
     for rank in range(3):
         options = StreamOptions(max_length=32, epochs=4, rank=rank, world=3, buffer=4)
-        assert len(list(Stream(dataset, options))) == count_batches(sample_lengths(dataset), options)
+        assert len(list(Stream(dataset, options))) == count_batches(dataset, sample_lengths(dataset), options)
 
 
 def test_an_endless_stream_goes_on(dataset: Dataset) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ernietune.data.formats import open_source, read_records, without_nulls
+from ernietune.data.sources import open_source, read_records, without_nulls
 from ernietune.errors import DataError
 
 
@@ -84,9 +84,9 @@ def test_a_file_without_records_is_an_error(tmp_path: Path, name: str, text: str
 def test_missing_and_unknown_files_say_what_is_accepted(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         open_source(tmp_path / "none.jsonl")
-    (tmp_path / "a.csv").write_text("a")
-    with pytest.raises(DataError, match=r"\.jsonl, \.json or \.parquet"):
-        open_source(tmp_path / "a.csv")
+    (tmp_path / "a.xls").write_text("a")
+    with pytest.raises(DataError, match=r"\.jsonl, \.json, \.csv or \.parquet"):
+        open_source(tmp_path / "a.xls")
     with pytest.raises(DataError, match="not a folder saved by"):
         open_source(tmp_path)
 
