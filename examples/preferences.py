@@ -21,6 +21,7 @@ from shapes import (
     BADGE_DIGITS,
     BADGE_LETTERS,
     LANGUAGES,
+    LARGE,
     Rng,
     draw,
     generate,
@@ -53,7 +54,7 @@ def badge_pair(rng: Rng) -> dict[str, Any]:
     other_shape = shape if wrong == "letter" else pick(rng, [name for name in SHAPES if name != shape])
     question = phrase(rng, "badge", pick(rng, LANGUAGES))
     return {
-        "messages": [user(question, draw(rng, single(rng, color, shape)))],
+        "messages": [user(question, draw(rng, single(rng, color, shape, LARGE)))],
         "chosen": BADGE_LETTERS[color] + BADGE_DIGITS[shape],
         "rejected": BADGE_LETTERS[other_color] + BADGE_DIGITS[other_shape],
     }

@@ -185,6 +185,23 @@ def test_the_gradients_too(shape, pairs):
         assert np.abs(found[name] - values).max() < 2e-5 * scale_of, name
 
 
+@pytest.mark.parametrize(
+    ("targets", "calls"),
+    [(("attention", "experts"), 1), (("attention", "vision"), 2)],
+    ids=["frozen", "adapted"],
+)
+def test_the_vision_tower_reads_each_picture_once(monkeypatch, targets, calls):
+    """Once for both answers; a frozen tower also once for policy and reference together."""
+    model = tiny.model("tiny-vl")
+    inject(model, LoraSpec(rank=4, targets=targets))
+    seen, features = [], model.picture_features
+    monkeypatch.setattr(
+        model, "picture_features", lambda patches, grids: seen.append(grids) or features(patches, grids)
+    )
+    dpo(model, collate_pairs([PICTURES]), DpoSection())
+    assert seen == [[(1, 4, 6), (1, 4, 4), (1, 2, 6)]] * calls
+
+
 # At equal models: a = b = z = 0.
 STEP_ZERO = {
     "sigmoid": math.log(2),
