@@ -179,6 +179,10 @@ def test_override_of_a_wrong_type_names_the_key(write: Write) -> None:
         ("train.learning_rate=-1e-4", "train.learning_rate", "must be at least 0"),
         ("data.max_length=1", "data.max_length", "must be at least 8"),
         ("data.train=[]", "data.train", "name at least one file"),
+        ("data.format=csv", "data.format", "must be one of auto, messages, erniekit"),
+        ("data.train_on=first", "data.train_on", "must be one of all, last"),
+        ("data.mixing=interleave", "data.weights", "has 0 shares for the 1 files of data.train"),
+        ("data.weights=[1]", "data.weights", "needs data.mixing: interleave"),
         ("train.steps=null", "train.steps", "give exactly one of the two"),
         ("train.epochs=1", "train.steps", "give exactly one of the two"),
         ("train.warmup_steps=101", "train.warmup_steps", "beyond the 100 steps"),
@@ -231,3 +235,10 @@ def test_the_configuration_stays_small() -> None:
 def test_every_key_path_has_a_value() -> None:
     assert {"model.path", "lora.rank", "data.train", "train.steps"} <= set(key_paths())
     assert all(value_of(Config(), path) is not ... for path in key_paths())
+
+
+def test_shares_of_a_mixture(write: Write) -> None:
+    mixed = ["data.train=[a.jsonl, b.jsonl]", "data.mixing=interleave"]
+    assert load(write(GOOD), [*mixed, "data.weights=[3, 0.5]"]).data.weights == [3.0, 0.5]
+    text = complaint(write(GOOD), *mixed, "data.weights=[1, 0]")
+    assert text == "run.yaml: `data.weights` is [1.0, 0.0]; every share must be a number above 0"

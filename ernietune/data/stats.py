@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import dropwhile
 from pathlib import Path
 
 import numpy as np
@@ -66,13 +67,11 @@ def _samples_of(source: Source, encoder: Encoder, form: Form, row: int) -> list[
 
 def histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
     """(from, to, how many) by powers of two: 0-15 tokens, 16-31, 32-63, ..."""
-    edges = [0, *(2**power for power in range(4, 1 + int(np.log2(max(max(lengths), 16))) + 1))]
+    powers = range(4, int(max(lengths)).bit_length() + 1)
+    edges = [0, *(2**power for power in powers or [4])]
     counts, _ = np.histogram(lengths, bins=edges)
     bins = zip(edges[:-1], edges[1:], counts, strict=True)
-    used = [(first, end - 1, int(count)) for first, end, count in bins]
-    while used and used[0][2] == 0:
-        used.pop(0)
-    return used
+    return list(dropwhile(lambda one: not one[2], ((first, end - 1, int(n)) for first, end, n in bins)))
 
 
 def lines(found: Stats, max_length: int) -> list[str]:

@@ -54,8 +54,8 @@ def _whole_tool(tool: Field) -> Field:
 def calls_of(field: Field) -> list[dict[str, Any]]:
     """Function calls, one or a list of them, as JSON text or as it is, in the form of `tool_calls`."""
     value = _parsed(field) if isinstance(field.value, str) else field.value
-    calls = Field(field.where, field.path, value if isinstance(value, list) else [value]).items()
-    return [_whole_call(call) for call in calls]
+    given = Field(field.where, field.path, value)
+    return [_whole_call(call) for call in (given.items() if isinstance(value, list) else [given])]
 
 
 def _whole_call(call: Field) -> dict[str, Any]:

@@ -126,3 +126,42 @@ def test_a_file_that_is_not_parquet_is_a_data_error(tmp_path: Path, monkeypatch:
 
 def test_nulls_inside_lists_stay() -> None:
     assert without_nulls({"a": None, "b": [None, {"c": None, "d": 0}]}) == {"b": [None, {"d": 0}]}
+
+
+def test_an_array_under_the_name_of_json_lines(tmp_path: Path) -> None:
+    """ERNIEKit's picture demos are arrays in files called .jsonl."""
+    path = tmp_path / "demo.jsonl"
+    path.write_text('[{"n": 1},\n {"n": 2}]')
+    assert list(read_records(path)) == [({"n": 1}, f"{path}:1"), ({"n": 2}, f"{path}:2")]
+
+
+@pytest.fixture
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("_cache")
+def test_csv_cells_are_text_and_some_columns_hold_json(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(
+        '\ufeffinstruction,output,history\n007,null,\n"a\nb","x, ""y""","[[""q"", ""a""]]"\n',
+        encoding="utf-8",
+    )
+    assert [record for record, _ in read_records(path)] == [
+        {"instruction": "007", "output": "null"},
+        {"instruction": "a\nb", "output": 'x, "y"', "history": [["q", "a"]]},
+    ]
+
+
+@pytest.mark.usefixtures("_cache")
+def test_csv_mistakes_are_data_errors(tmp_path: Path) -> None:
+    (tmp_path / "json.csv").write_text('messages\n"[1,"\n')
+    with pytest.raises(DataError, match=r"json\.csv: row 0: column 'messages' is not valid JSON"):
+        list(read_records(tmp_path / "json.csv"))
+    (tmp_path / "ragged.csv").write_text("a,b\n1,2\n1,2,3\n")
+    with pytest.raises(DataError, match=r"ragged\.csv: cannot be read as CSV .*line 3"):
+        open_source(tmp_path / "ragged.csv")
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(DataError, match=r"empty\.csv"):
+        open_source(tmp_path / "empty.csv")
