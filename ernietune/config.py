@@ -70,6 +70,7 @@ class TrainSection:
     """The loop."""
 
     output: str = "???"
+    objective: str = "sft"  # sft, dpo (data.train holds preference pairs)
     steps: int | None = None  # exactly one of steps and epochs
     epochs: int | None = None
     rows: int = 1  # rows in one micro-batch
@@ -97,6 +98,23 @@ class TrainSection:
 
 
 @dataclass
+class DpoSection:
+    """Preference tuning (train.objective: dpo); the formulas are in ernietune/train/dpo.py."""
+
+    loss: str = "sigmoid"  # or hinge, ipo, simpo, orpo, kto_pair, sppo_hard, nca_pair, dpop, robust
+    beta: float = 0.1  # scale of the rewards; orpo has none (its weight is preference_ratio)
+    label_smoothing: float = 0.0  # share of pairs taken to be swapped: sigmoid, simpo, robust
+    offset_alpha: float = 0.0  # sigmoid: demand a margin of alpha * log(score_gap of the record)
+    simpo_gamma: float = 0.5
+    dpop_lambda: float = 50.0
+    preference_ratio: float = 1.0  # weight of the preference loss, a mean over pairs
+    sft_ratio: float = 0.0  # weight of the cross-entropy of the chosen answers, a mean over tokens
+    normalize_logps: bool = False  # scale both answers to their mean length; ipo, simpo, orpo average anyway
+    ignore_eos: bool = False  # leave the end of the turn out of the log-probabilities
+    reference: str = "adapters_off"  # or precomputed (kept in the run folder), none
+
+
+@dataclass
 class Config:
     """All of a run."""
 
@@ -104,6 +122,7 @@ class Config:
     lora: LoraSection = field(default_factory=LoraSection)
     data: DataSection = field(default_factory=DataSection)
     train: TrainSection = field(default_factory=TrainSection)
+    dpo: DpoSection = field(default_factory=DpoSection)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -234,6 +253,24 @@ CHOICES = {
     "data.overlong": ("error", "skip", "truncate"),
     "data.on_error": ("error", "skip"),
     "train.schedule": ("cosine", "linear", "constant"),
+    "train.objective": ("sft", "dpo"),
+    "dpo.loss": (
+        *("sigmoid", "hinge", "ipo", "simpo", "orpo"),
+        *("kto_pair", "sppo_hard", "nca_pair", "dpop", "robust"),
+    ),
+    "dpo.reference": ("adapters_off", "precomputed", "none"),
+}
+# Losses over mean log-probabilities, without a reference by definition, and undefined without one.
+AVERAGED = ("ipo", "simpo", "orpo")
+REFERENCE_FREE = ("simpo", "orpo")
+AGAINST_REFERENCE = ("kto_pair", "sppo_hard", "nca_pair", "dpop")
+# Where the settings of some losses have an effect.
+EFFECTIVE = {
+    "label_smoothing": ("sigmoid", "simpo", "robust"),
+    "offset_alpha": ("sigmoid",),
+    "simpo_gamma": ("simpo",),
+    "dpop_lambda": ("dpop",),
+    "normalize_logps": ("sigmoid", "robust", "hinge", *AGAINST_REFERENCE),
 }
 AT_LEAST: dict[str, float] = {
     "lora.rank": 1,
@@ -257,6 +294,12 @@ AT_LEAST: dict[str, float] = {
     "train.eval_every": 1,
     "train.eval_batches": 1,
     "train.patience": 1,
+    "dpo.label_smoothing": 0,
+    "dpo.offset_alpha": 0,
+    "dpo.simpo_gamma": 0,
+    "dpo.dpop_lambda": 0,
+    "dpo.preference_ratio": 0,
+    "dpo.sft_ratio": 0,
 }
 
 
@@ -284,6 +327,10 @@ def _out_of_range(config: Config) -> Iterator[tuple[str, str]]:
             yield path, f"is {value}; it must be at least {least:g}"
     if config.lora.dropout >= 1:
         yield "lora.dropout", f"is {config.lora.dropout}; it must be below 1"
+    if config.dpo.beta <= 0:
+        yield "dpo.beta", f"is {config.dpo.beta}; it must be above 0"
+    if config.dpo.label_smoothing >= 0.5:
+        yield "dpo.label_smoothing", f"is {config.dpo.label_smoothing}; it must be below 0.5"
 
 
 def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
@@ -301,6 +348,30 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "train.eval_every", "or `train.patience` is set, but data.eval names no file"
     if train.patience and not train.eval_every:
         yield "train.patience", "needs train.eval_every"
+    yield from _dpo_contradictions(config)
+
+
+def _dpo_contradictions(config: Config) -> Iterator[tuple[str, str]]:
+    if config.train.objective == "sft":
+        if config.dpo != DpoSection():
+            yield "dpo", "is set, but train.objective is sft; set train.objective: dpo"
+        return
+    if config.data.overlong == "truncate":
+        yield "data.overlong", "is truncate, but an answer of a pair is never cut; use error or skip"
+    if config.dpo.reference == "adapters_off" and not config.lora.enabled:
+        yield "dpo.reference", "is adapters_off, but lora.enabled is false; use precomputed or none"
+    yield from _loss_contradictions(config.dpo)
+
+
+def _loss_contradictions(dpo: DpoSection) -> Iterator[tuple[str, str]]:
+    if dpo.loss in REFERENCE_FREE and dpo.reference != "none":
+        yield "dpo.reference", f"is {dpo.reference}, but {dpo.loss} has no reference; set it to none"
+    if dpo.loss in AGAINST_REFERENCE and dpo.reference == "none":
+        yield "dpo.reference", f"is none, but {dpo.loss} needs one; use adapters_off or precomputed"
+    defaults = vars(DpoSection())
+    for name, losses in EFFECTIVE.items():
+        if vars(dpo)[name] != defaults[name] and dpo.loss not in losses:
+            yield f"dpo.{name}", f"has no effect on {dpo.loss}, only on {', '.join(losses)}; remove it"
 
 
 def _mixing_contradictions(data: DataSection) -> Iterator[tuple[str, str]]:

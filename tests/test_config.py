@@ -77,7 +77,7 @@ def test_two_loads_share_nothing(write: Write) -> None:
         ("  rank: 8", "unknown key `train.rank`; did you mean `lora.rank`?"),
         ("  max_length: 8", "unknown key `train.max_length`; did you mean `data.max_length`?"),
         ("trian:", "unknown key `trian`; did you mean `train`?"),
-        ("zzz: 1", "unknown key `zzz`; sections are model, lora, data, train"),
+        ("zzz: 1", "unknown key `zzz`; sections are model, lora, data, train, dpo"),
         ("  steps: 5", "`train.steps` stands twice (first in line 7); keep one"),
     ],
 )
@@ -204,6 +204,33 @@ def test_range_complaint_names_the_line(write: Write) -> None:
 def test_patience_needs_evaluations(write: Write) -> None:
     text = complaint(write(GOOD), "data.eval=[b.jsonl]", "train.patience=2")
     assert "`train.patience` needs train.eval_every" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["dpo.loss=kto"], "`dpo.loss` is 'kto'; it must be one of sigmoid, hinge"),
+        (["dpo.beta=0"], "`dpo.beta` is 0.0; it must be above 0"),
+        (["dpo.label_smoothing=0.5"], "`dpo.label_smoothing` is 0.5; it must be below 0.5"),
+        (["data.overlong=truncate"], "`data.overlong` is truncate, but an answer of a pair is never cut"),
+        (["dpo.loss=simpo"], "`dpo.reference` is adapters_off, but simpo has no reference"),
+        (["dpo.loss=dpop", "dpo.reference=none"], "`dpo.reference` is none, but dpop needs one"),
+        (["lora.enabled=false"], "`dpo.reference` is adapters_off, but lora.enabled is false"),
+        (["dpo.loss=hinge", "dpo.label_smoothing=0.1"], "`dpo.label_smoothing` has no effect on hinge"),
+        (["dpo.loss=robust", "dpo.offset_alpha=1"], "`dpo.offset_alpha` has no effect on robust"),
+        (["dpo.dpop_lambda=5"], "`dpo.dpop_lambda` has no effect on sigmoid, only on dpop; remove it"),
+        (["dpo.loss=ipo", "dpo.normalize_logps=true"], "`dpo.normalize_logps` has no effect on ipo"),
+        (["train.objective=sft", "dpo.beta=0.2"], "`dpo` is set, but train.objective is sft"),
+    ],
+)
+def test_preference_tuning(write: Write, overrides: list[str], problem: str) -> None:
+    path = write(GOOD)
+    assert load(path, ["train.objective=dpo"]).dpo.reference == "adapters_off"
+    assert problem in complaint(path, "train.objective=dpo", *overrides)
+
+
+def test_the_configuration_stays_small() -> None:
+    assert len(key_paths()) <= 80
 
 
 def test_every_key_path_has_a_value() -> None:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from ernietune import hub
 from ernietune.checkpoint import state
 from ernietune.checkpoint.processor import Processor
-from ernietune.config import DataSection
+from ernietune.config import Config, DataSection
 from ernietune.data.dataset import Dataset, Encoder, VisionTokens
+from ernietune.data.pairs import PairDataset, PairEncoder
 from ernietune.data.sources import open_source
 
 
@@ -46,3 +47,18 @@ def dataset_of(
         None if data.format == "auto" else data.format,  # type: ignore[arg-type]
         weights,
     )
+
+
+def records_of(
+    config: Config, paths: Sequence[str], processor: Processor, weights: Sequence[float] | None = None
+) -> Dataset | PairDataset:
+    """The records that the objective trains on: conversations, or the pairs of preference tuning."""
+    if config.train.objective == "sft":
+        return dataset_of(config.data, paths, processor, weights)
+    encoder = PairEncoder(
+        **vars(encoder_of(config.data, processor)),
+        ignore_eos=config.dpo.ignore_eos,
+        needs_score_gap=config.dpo.offset_alpha > 0,
+    )
+    sources = [open_source(path) for path in paths]
+    return PairDataset(sources, encoder, config.data.on_error, weights)  # type: ignore[arg-type]

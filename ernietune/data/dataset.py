@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,9 @@ from ernietune.text.template import IGNORE, Rendered, Template
 PATCH_VALUES = 588  # 3 channels of 14 x 14 pixels
 Overlong = Literal["error", "skip", "truncate"]
 TrainOn = Literal["all", "last"]
-Reason = Literal["malformed", "image", "chat format", "no answer", "nothing trained", "too long"]
+OfPair = Literal["equal answers", "empty answer"]
+Reason = Literal["malformed", "image", "chat format", "no answer", "nothing trained", "too long"] | OfPair
+S_co = TypeVar("S_co", bound=Sized, covariant=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,41 +267,37 @@ def trained_tokens(rendered: Rendered) -> int:
     return sum(label != IGNORE for label in rendered.labels[1:])
 
 
-class Dataset:
-    """All records of some sources, numbered one after the other and encoded on demand.
+class Records(Generic[S_co]):
+    """All records of some sources, numbered one after the other and encoded on demand by a subclass.
 
     Without `weights` an epoch takes every record once; with them (one for each source) it takes the sources
-    in turn, in proportion. `form` is the records' form, None to recognise it for each source by itself.
+    in turn, in proportion.
     """
 
     def __init__(
         self,
         sources: Sequence[Source],
-        encoder: Encoder,
         on_error: Literal["error", "skip"] = "error",
-        form: Form | None = None,
         weights: Sequence[float] | None = None,
     ) -> None:
         assert weights is None or len(weights) == len(sources), "one weight for each source"
         self.sources = list(sources)
-        self.encoder = encoder
         self.on_error = on_error
-        self.forms = [form or form_of_source(source) for source in self.sources]
         self.weights = weights
         self._ends = np.cumsum([len(source) for source in self.sources], dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self.sources else 0
 
-    def __getitem__(self, index: int) -> Sample | Skipped:
+    def __getitem__(self, index: int) -> S_co | Skipped:
         """The first sample of record `index`, for most records the only one."""
         return self.samples(index)[0]
 
-    def samples(self, index: int) -> list[Sample | Skipped]:
+    def samples(self, index: int) -> list[S_co | Skipped]:
         """Encode record `index`; a bad one raises DataError, or is Skipped under `on_error: skip`."""
         number, row = self._locate(index)
         try:
-            return self._encode(number, row)
+            return self.encode(number, row)
         except BadRecord as error:
             if self.on_error == "error":
                 raise
@@ -316,16 +314,42 @@ class Dataset:
         number, row = self._locate(index)
         return self.sources[number], row
 
-    def conversation(self, index: int) -> Conversation:
-        """Record `index`, parsed; BadRecord names its line."""
-        number, row = self._locate(index)
-        return self._conversation(number, row)
-
     def _locate(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = int(np.searchsorted(self._ends, index, side="right"))
         return number, index - (int(self._ends[number - 1]) if number else 0)
+
+    def encode(self, number: int, row: int) -> list[S_co | Skipped]:
+        """The samples of one record of source `number`; BadRecord when it cannot be used."""
+        raise NotImplementedError
+
+
+class Dataset(Records[Sample]):
+    """Conversations; `form` is the records' form, None to recognise it for each source by itself."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        encoder: Encoder,
+        on_error: Literal["error", "skip"] = "error",
+        form: Form | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(sources, on_error, weights)
+        self.encoder = encoder
+        self.forms = [form or form_of_source(source) for source in self.sources]
+
+    def conversation(self, index: int) -> Conversation:
+        """Record `index`, parsed; BadRecord names its line."""
+        number, row = self._locate(index)
+        return self._conversation(number, row)
+
+    def encode(self, number: int, row: int) -> list[Sample | Skipped]:
+        """The samples of one conversation; BadRecord when it cannot be used."""
+        source = self.sources[number]
+        conversation = self._conversation(number, row)
+        return self.encoder.encode(conversation, source.where(row), source.folder)
 
     def _conversation(self, number: int, row: int) -> Conversation:
         source = self.sources[number]
@@ -335,11 +359,6 @@ class Dataset:
             raise BadRecord("malformed", str(error), error.path) from error
         except DataError as error:
             raise BadRecord("malformed", str(error)) from error
-
-    def _encode(self, number: int, row: int) -> list[Sample | Skipped]:
-        source = self.sources[number]
-        conversation = self._conversation(number, row)
-        return self.encoder.encode(conversation, source.where(row), source.folder)
 
 
 @dataclass
@@ -355,10 +374,11 @@ class DropLog:
         """Records dropped, by reason."""
         return dict(Counter(entry.reason for entry in self.dropped.values()))
 
-    def note(self, result: Sample | Skipped) -> None:
+    def note(self, result: object) -> None:
         """Remember a skipped record, a cut one, and one that is trained in part only."""
         if isinstance(result, Skipped):
             self.dropped[result.where] = result
+        if not isinstance(result, Sample):
             return
         if result.cut:
             self.cut[result.where] = result.cut

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import count, islice
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from ernietune.data.collate import Batch, collate
-from ernietune.data.dataset import Dataset, DropLog, Sample, Skipped
+from ernietune.data.dataset import DropLog, Records, Skipped
 from ernietune.data.packing import BUFFER, Packer, pack
 from ernietune.errors import DataError
 
 A = TypeVar("A")
 B = TypeVar("B")
+S = TypeVar("S", bound=Sized)
 LOOK_AHEAD = 4  # samples in flight for each worker
 
 
@@ -59,13 +60,13 @@ def ordered_map(function: Callable[[A], B], items: Iterable[A], workers: int) ->
                 future.cancel()
 
 
-def sample_lengths(dataset: Dataset, workers: int = 0) -> list[list[int]]:
+def sample_lengths(dataset: Records[Any], workers: int = 0) -> list[list[int]]:
     """Tokens of the samples of every record; encodes the whole data set once."""
     results = ordered_map(dataset.samples, range(len(dataset)), workers)
-    return [[len(sample) for sample in samples if isinstance(sample, Sample)] for samples in results]
+    return [[len(sample) for sample in samples if not isinstance(sample, Skipped)] for samples in results]
 
 
-def count_batches(dataset: Dataset, lengths: Sequence[Sequence[int]], options: StreamOptions) -> int:
+def count_batches(dataset: Records[Any], lengths: Sequence[Sequence[int]], options: StreamOptions) -> int:
     """How many micro-batches a Stream over records of these lengths yields in `options.epochs` epochs."""
     assert options.epochs is not None, "an endless stream has no count"
     rows = sum(_epoch_rows(dataset, lengths, options, epoch) for epoch in range(options.epochs))
@@ -73,7 +74,7 @@ def count_batches(dataset: Dataset, lengths: Sequence[Sequence[int]], options: S
 
 
 def _epoch_rows(
-    dataset: Dataset, lengths: Sequence[Sequence[int]], options: StreamOptions, epoch: int
+    dataset: Records[Any], lengths: Sequence[Sequence[int]], options: StreamOptions, epoch: int
 ) -> int:
     first = (options.rank - epoch * len(lengths)) % options.world
     mine = dataset.order(options.order_seed, epoch)[first :: options.world]
@@ -82,16 +83,16 @@ def _epoch_rows(
 
 
 @dataclass(frozen=True, eq=False)
-class _Placed:
+class _Placed(Generic[S]):
     """A sample, its record's position and its number among the record's samples."""
 
     position: int
     part: int
-    sample: Sample
+    sample: S
 
 
-class Stream:
-    """Iterator over micro-batches of a data set.
+class Stream(Generic[S]):
+    """Iterator over micro-batches of a data set; `collate` makes one of rows of samples.
 
     Records are numbered through all epochs: position p is record `p % n` of the order of epoch `p // n`, and
     rank r of w takes the positions p with p % w == r. A record gives one sample or several. A row never mixes
@@ -101,22 +102,28 @@ class Stream:
     decodes and resizes, and threads share the tokenizer, which processes would copy.
     """
 
-    def __init__(self, dataset: Dataset, options: StreamOptions) -> None:
+    def __init__(
+        self,
+        dataset: Records[S],
+        options: StreamOptions,
+        collate: Callable[[Sequence[Sequence[Any]]], Batch] = collate,
+    ) -> None:
         if len(dataset) < options.world:
             raise DataError(f"{len(dataset)} records cannot be shared by {options.world} processes")
         self.dataset = dataset
         self.options = options
+        self.collate = collate
         self.log = DropLog()
         self.rows = 0
         self.tokens = 0
         self._next = options.rank  # the next position to pack
-        self._packer: Packer[_Placed] = self._new_packer()
-        self._waiting: deque[_Placed] = deque()  # samples of the last record that was read
-        self._results: Iterator[tuple[int, list[Sample | Skipped]]] | None = None
+        self._packer: Packer[_Placed[S]] = self._new_packer()
+        self._waiting: deque[_Placed[S]] = deque()  # samples of the last record that was read
+        self._results: Iterator[tuple[int, list[S | Skipped]]] | None = None
         self._order = (-1, np.empty(0, dtype=np.int64))
         self._in_vain = 0
 
-    def __iter__(self) -> Stream:
+    def __iter__(self) -> Stream[S]:
         return self
 
     def __next__(self) -> Batch:
@@ -125,7 +132,7 @@ class Stream:
         if not rows:
             self.close()
             raise StopIteration
-        return collate(rows)
+        return self.collate(rows)
 
     @property
     def epoch(self) -> float:
@@ -182,10 +189,10 @@ class Stream:
         values = {**asdict(self.options), "weights": None if weights is None else list(weights)}
         return {key: values[key] for key in values if key not in ("workers", "epochs")}
 
-    def _new_packer(self) -> Packer[_Placed]:
+    def _new_packer(self) -> Packer[_Placed[S]]:
         return Packer(self.options.max_length, self.options.buffer if self.options.packing else 0)
 
-    def _next_row(self) -> list[Sample] | None:
+    def _next_row(self) -> list[S] | None:
         """The next full row; None after the last epoch."""
         while True:
             if self._waiting:
@@ -206,7 +213,7 @@ class Stream:
         rows = self._packer.rows
         return bool(rows) and rows[0].items[0].position // records < self._next // records
 
-    def _taken(self, row: list[_Placed] | None) -> list[Sample]:
+    def _taken(self, row: list[_Placed[S]] | None) -> list[S]:
         assert row is not None
         samples = [placed.sample for placed in row]
         self.rows += 1
@@ -221,7 +228,7 @@ class Stream:
         self._next = position + self.options.world
         for part, result in enumerate(results):
             self.log.note(result)
-            if isinstance(result, Sample):
+            if not isinstance(result, Skipped):
                 self._waiting.append(_Placed(position, part, result))
         self._in_vain = 0 if self._waiting else self._in_vain + 1
         # With a usable record the longest run of others ends one epoch and begins the next.
@@ -242,14 +249,14 @@ class Stream:
             self._order = (epoch, self.dataset.order(self.options.order_seed, epoch))
         return int(self._order[1][place])
 
-    def _load(self, item: tuple[int, int]) -> tuple[int, list[Sample | Skipped]]:
+    def _load(self, item: tuple[int, int]) -> tuple[int, list[S | Skipped]]:
         position, record = item
         return position, self.dataset.samples(record)
 
-    def _load_again(self, position: int, part: int) -> _Placed:
+    def _load_again(self, position: int, part: int) -> _Placed[S]:
         _, results = self._load((position, self._record(position)))
         result = results[part] if part < len(results) else None
-        if not isinstance(result, Sample):
+        if result is None or isinstance(result, Skipped):
             reason = result.detail if result is not None else f"record {self._record(position)}"
             raise DataError(f"the data cannot be resumed: {reason}, which was usable before")
         return _Placed(position, part, result)

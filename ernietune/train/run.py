@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import paddle
 
@@ -18,18 +19,20 @@ from ernietune.checkpoint.adapter import save_adapter
 from ernietune.checkpoint.load import load_model, save_model
 from ernietune.checkpoint.processor import Processor
 from ernietune.config import Config
-from ernietune.data.build import dataset_of
+from ernietune.data.build import records_of
 from ernietune.data.collate import Batch
 from ernietune.data.dataset import Dataset
+from ernietune.data.pairs import PairDataset, collate_pairs
 from ernietune.data.stream import Stream, StreamOptions, count_batches, sample_lengths
 from ernietune.errors import ConfigError, ErnietuneError
 from ernietune.lora import inject, unfreeze
 from ernietune.models.decoder import CausalLM
 from ernietune.parallel import recompute
-from ernietune.train import loop, plan
+from ernietune.train import loop, plan, reference
+from ernietune.train.dpo import dpo
 from ernietune.train.log import console
 from ernietune.train.optim import Optimizer
-from ernietune.train.sft import sft
+from ernietune.train.sft import Objective, sft
 
 
 def main(config: Config) -> Path:
@@ -39,30 +42,35 @@ def main(config: Config) -> Path:
     # 2. The checkpoint's words and pixels, then the data: mistakes there are found before weights are read.
     base = state.checkpoint_in(hub.resolve(config.model.path))
     processor = processor_of(config, base)
-    train_set = dataset_of(config.data, config.data.train, processor, config.data.weights or None)
-    evaluation = evaluation_set(config, processor)
+    train_set = records_of(config, config.data.train, processor, config.data.weights or None)
+    held_out = records_of(config, config.data.eval, processor) if config.data.eval else None
     # 3. The model, and what of it trains.
     paddle.seed(config.train.seed)
     dtype = compute_dtype(config.model.dtype)
     model = load_model(base, dtype, processor.config)
+    options = stream_options(config)
+    if config.dpo.reference == "precomputed":
+        for name, records in (("train", train_set), ("eval", held_out)):
+            if isinstance(records, PairDataset):
+                file = folder / "reference" / name
+                reference.attach(records, model, options, config.train.loss_chunk, base, file)
     shapes = {path: parameter.shape for path, parameter in model.named_parameters()}
     plan.print_table(shapes, config)
     choose_trainable(model, config)
     if config.train.recompute:
         recompute.apply(model)
     # 4. The loop.
-    options = stream_options(config)
     total = total_steps(config, train_set, options)
     run = loop.Run(
         folder=folder,
         train=config.train,
         model=model,
-        objective=partial(sft, loss_chunk=config.train.loss_chunk),
+        objective=objective_of(config),
         optimizer=Optimizer(model, config.train, config.lora.plus_ratio if config.lora.enabled else 1.0),
-        stream=Stream(train_set, options),
+        stream=stream_of(train_set, options),
         total_steps=total,
         write_weights=weights_writer(model, config, base),
-        evaluation=evaluation,
+        evaluation=None if held_out is None else evaluation_of(held_out, config),
     )
     loop.restore(run)
     announce(run, train_set, dtype)
@@ -110,6 +118,20 @@ def processor_of(config: Config, base: Path) -> Processor:
     return Processor.load(base, None if config.model.template == "auto" else config.model.template)
 
 
+def stream_of(records: Dataset | PairDataset, options: StreamOptions) -> Stream[Any]:
+    """The micro-batches of a data set."""
+    if isinstance(records, PairDataset):
+        return Stream(records, options, collate_pairs)
+    return Stream(records, options)
+
+
+def objective_of(config: Config) -> Objective:
+    """The loss of a micro-batch."""
+    if config.train.objective == "dpo":
+        return partial(dpo, options=config.dpo, loss_chunk=config.train.loss_chunk)
+    return partial(sft, loss_chunk=config.train.loss_chunk)
+
+
 def stream_options(config: Config) -> StreamOptions:
     """How samples become micro-batches."""
     data, train = config.data, config.train
@@ -123,11 +145,8 @@ def stream_options(config: Config) -> StreamOptions:
     )
 
 
-def evaluation_set(config: Config, processor: Processor) -> Callable[[], Iterator[Batch]] | None:
+def evaluation_of(held_out: Dataset | PairDataset, config: Config) -> Callable[[], Iterator[Batch]]:
     """A function that gives the evaluation batches from the start, in the files' order."""
-    if not config.data.eval:
-        return None
-    held_out = dataset_of(config.data, config.data.eval, processor)
     options = StreamOptions(
         max_length=config.data.max_length,
         packing=config.data.packing,
@@ -137,7 +156,7 @@ def evaluation_set(config: Config, processor: Processor) -> Callable[[], Iterato
     )
 
     def batches() -> Iterator[Batch]:
-        for number, batch in enumerate(Stream(held_out, options)):
+        for number, batch in enumerate(stream_of(held_out, options)):
             if number == config.train.eval_batches:
                 return
             yield batch
@@ -165,7 +184,7 @@ def choose_trainable(model: CausalLM, config: Config) -> None:
         unfreeze(model, tuple(config.train.trainable))
 
 
-def total_steps(config: Config, train_set: Dataset, options: StreamOptions) -> int:
+def total_steps(config: Config, train_set: Dataset | PairDataset, options: StreamOptions) -> int:
     """Steps of the whole run; counting epochs reads the data once, because packing decides the number."""
     if config.train.steps is not None:
         return config.train.steps
@@ -185,7 +204,7 @@ def weights_writer(model: CausalLM, config: Config, base: Path) -> Callable[[Pat
     return lambda folder: save_model(model, folder, like=base)
 
 
-def announce(run: loop.Run, train_set: Dataset, dtype: str) -> None:
+def announce(run: loop.Run, train_set: Dataset | PairDataset, dtype: str) -> None:
     """One line on what is about to happen."""
     device = paddle.device.get_device()
     note = " (Paddle computes in float32 only on a CPU)" if device == "cpu" else ""
