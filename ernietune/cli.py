@@ -10,6 +10,7 @@ import typer
 
 from ernietune import environment
 from ernietune.errors import ErnietuneError
+from ernietune.serve.flags import PARSER_HELP, ServeCommand, explain
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -109,23 +110,59 @@ def evaluate(
         run.write_report(report, output)
 
 
-@app.command()
+@app.command(cls=ServeCommand)
 def serve(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model folder, run, checkpoint, adapter or hub id.")],
     host: str = "127.0.0.1",
     port: int = 8000,
+    metrics_port: Annotated[int | None, typer.Option(help="Serve /metrics on this port too.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Put this adapter on the model, unmerged.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Prompt and answer together, in tokens.")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="Name in answers and in /v1/models.")] = None,
+    strict_model_name: Annotated[
+        bool, typer.Option("--strict-model-name", help="Refuse requests for other model names.")
+    ] = False,
     allow_local_files: Annotated[
         Path | None, typer.Option(help="Folder whose pictures requests may name by path or file://.")
     ] = None,
+    limit_mm_per_prompt: Annotated[str | None, typer.Option(help='Such as {"image": 4}.')] = None,
+    mm_processor_kwargs: Annotated[
+        str | None, typer.Option(help='Such as {"image_max_pixels": 1003520}.')
+    ] = None,
+    reasoning_parser: Annotated[str | None, typer.Option(help=PARSER_HELP)] = None,
+    tool_call_parser: Annotated[str | None, typer.Option(help=PARSER_HELP)] = None,
+    api_key: Annotated[list[str] | None, typer.Option(help="Accept requests with this key only.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Makes the answers to requests without seed repeat.")
+    ] = None,
 ) -> None:
-    """Serve an OpenAI-compatible chat API."""
+    """Serve an OpenAI-compatible API; flags of FastDeploy and vLLM are understood."""
+    from ernietune.serve.options import Launch
+
+    launch = Launch(
+        model,
+        host,
+        port,
+        metrics_port=metrics_port,
+        adapter=adapter,
+        max_length=max_model_len,
+        served_name=served_model_name,
+        media_folder=allow_local_files,
+        reasoning_parser=reasoning_parser,
+        tool_parser=tool_call_parser,
+        limit_per_prompt=limit_mm_per_prompt,
+        processor_kwargs=mm_processor_kwargs,
+        strict_model_name=strict_model_name,
+        api_keys=tuple(api_key or ()),
+        seed=seed,
+    )
+    if note := explain(context.obj):
+        typer.echo(note)
     environment.require_paddle()
     from ernietune.serve import api
 
-    api.serve(model, host, port, adapter, max_model_len, served_model_name, allow_local_files)
+    api.serve(launch)
 
 
 @app.command()

@@ -1,45 +1,47 @@
-"""OpenAI's chat completions: what comes in is checked, what goes out is built here."""
+"""Requests in OpenAI's form: what comes in is checked and mapped to the engine's settings here, and only here."""
 
 from __future__ import annotations
 
-import time
-import uuid
-from dataclasses import dataclass, field
-from typing import Any
+import json
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from ernietune.errors import RequestError
-from ernietune.infer.request import FinishReason, SamplingParams
+from ernietune.infer.request import SamplingParams
 
-# Fields that would change the answer and are not supported, with the values that ask for nothing.
-# Every other unknown field is harmless (user, store, service_tier, ...) and ignored.
-UNSUPPORTED: dict[str, tuple[object, ...]] = {
+_Accepted = dict[str, tuple[object, ...]]
+# Fields that wait for an engine that has them, with the values that ask for nothing. A field moves from here
+# to `SamplingFields` and into `SamplingFields.sampling`.
+NEEDS_ENGINE: _Accepted = {
     "n": (1,),
     "best_of": (1,),
     "logprobs": (False,),
     "top_logprobs": (0,),
     "prompt_logprobs": (False,),
+    "echo": (False,),
     "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "repetition_penalty": (1,),
     "min_p": (0,),
     "min_tokens": (0,),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "audio": (),
-    "web_search_options": (),
-    "reasoning_effort": (),
-    "thinking_token_budget": (),
+    "bad_words": ([],),
+    "bad_words_token_ids": ([],),
+    "allowed_token_ids": ([],),
+    "include_stop_str_in_output": (False,),
     "reasoning_max_tokens": (),
     "response_max_tokens": (),
-    "include_stop_str_in_output": (False,),
-    "bad_words": ([],),
-    "allowed_token_ids": ([],),
+    "thinking_token_budget": (),
+    "response_format": ({"type": "text"},),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -47,21 +49,68 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "structured_outputs": (),
     "structural_tag": (),
     "logits_processors_args": ({},),
+}
+# Fields that would change the answer and that nobody plans to support.
+REFUSED: _Accepted = {
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+    "reasoning_effort": (),
     "chat_template": (),
     "continue_final_message": (False,),
     "add_generation_prompt": (True,),
-    "echo": (False,),
     "prompt_token_ids": (),
     "return_token_ids": (False,),
+    "suffix": ("",),
+    "truncate_prompt_tokens": (),
+    "mm_processor_kwargs": ({},),
+}
+# Every other unknown field is harmless (user, store, service_tier, ...) and ignored.
+UNSUPPORTED = NEEDS_ENGINE | REFUSED
+# What the server itself gives to the chat template.
+_RESERVED_OPTIONS = {
+    "conversation",
+    "open_picture",
+    "image_tokens",
+    "messages",
+    "tools",
+    "self",
+    "train_all_turns",
 }
 
 
 class UnsupportedField(RequestError):
     """A request asks for something that this server cannot do; `field` names it."""
 
-    def __init__(self, field: str, value: object) -> None:
-        super().__init__(f"{field}={value!r} is not supported by this server; leave the field out")
+    def __init__(self, field: str, value: object, advice: str = "leave the field out") -> None:
+        super().__init__(f"{field}={value!r} is not supported by this server; {advice}")
         self.field = field
+
+
+class ModelNotFound(RequestError):
+    """A strict server was asked for a model of another name."""
+
+
+class RequestBody(BaseModel):
+    """What all request bodies have in common."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, body: Any) -> Any:
+        """JSON can spell halves of surrogate pairs, which are no text and could not be sent back."""
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                "a string holds half of a surrogate pair; it is not valid Unicode text"
+            ) from None
+        except RecursionError:
+            raise ValueError("the body is nested too deeply") from None
+        return body
 
 
 class StreamOptions(BaseModel):
@@ -71,16 +120,11 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = False
 
 
-class ChatRequest(BaseModel):
-    """The body of POST /v1/chat/completions; the model's name is not checked."""
+class SamplingFields(RequestBody):
+    """How an answer is drawn and sent; the same for chats and completions."""
 
-    model_config = ConfigDict(extra="allow")
-
-    messages: list[dict[str, Any]] = Field(min_length=1)
     model: str | None = None
-    tools: list[dict[str, Any]] | None = None
     max_tokens: int | None = None
-    max_completion_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -90,40 +134,82 @@ class ChatRequest(BaseModel):
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
-    enable_thinking: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    metadata: dict[str, Any] | None = None
 
-    def check(self) -> None:
-        """Raise RequestError for a field that would be ignored although it changes the answer."""
+    unsupported: ClassVar[_Accepted] = UNSUPPORTED
+
+    def check(self, served: str | None = None) -> None:
+        """Raise RequestError for a field that would be ignored although it changes the answer.
+
+        `served` is the only model name that is accepted; None accepts any.
+        """
         for name, value in (self.model_extra or {}).items():
-            if name in UNSUPPORTED and value is not None and value not in UNSUPPORTED[name]:
+            if name in self.unsupported and value is not None and value not in self.unsupported[name]:
                 raise UnsupportedField(name, value)
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options needs stream=true")
+        if served is not None and self.model is not None and self.model != served:
+            raise ModelNotFound(f"the model {self.model!r} is not served here; there is {served!r}")
 
-    def record(self) -> dict[str, Any]:
-        """The conversation in the form of the training data; tool_choice "none" leaves the tools out."""
-        offered = self.tools and (self.model_extra or {}).get("tool_choice") != "none"
-        return {"messages": self.messages, **({"tools": self.tools} if offered else {})}
+    def sampling(self, seed: int | None = None) -> SamplingParams:
+        """The sampling settings, with OpenAI's defaults; SettingError names one that is out of range.
 
-    def sampling(self) -> SamplingParams:
-        """The sampling settings, with OpenAI's defaults; SettingError names one that is out of range."""
+        `seed` is for requests that bring none.
+        """
         given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        newer = self.max_completion_tokens
         return SamplingParams(
-            max_tokens=self.max_tokens if newer is None else newer,
-            seed=self.seed,
+            max_tokens=self.token_limit(),
+            seed=seed if self.seed is None else self.seed,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=self.ignore_eos,
             **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
         )
 
+    def token_limit(self) -> int | None:
+        """The most tokens to generate, None for as many as the context holds."""
+        return self.max_tokens
+
+
+class ChatRequest(SamplingFields):
+    """The body of POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    max_completion_tokens: int | None = None
+    enable_thinking: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    metadata: dict[str, Any] | None = None
+
+    @property
+    def uses_tools(self) -> bool:
+        """Whether the model may call tools."""
+        return bool(self.tools) and self.tool_choice != "none"
+
+    def check(self, served: str | None = None) -> None:
+        """As for all requests; tool choices that need guided decoding are refused too."""
+        super().check(served)
+        if self.tool_choice not in (None, "none", "auto"):
+            raise UnsupportedField("tool_choice", self.tool_choice, "'auto' and 'none' are")
+        reserved = _RESERVED_OPTIONS & self.template_options().keys()
+        if reserved:
+            raise RequestError(f"chat_template_kwargs may not set {min(reserved)!r}")
+
+    def record(self) -> dict[str, Any]:
+        """The conversation in the form of the training data; tool_choice "none" leaves the tools out."""
+        return {"messages": self.messages, **({"tools": self.tools} if self.uses_tools else {})}
+
+    def token_limit(self) -> int | None:
+        """`max_completion_tokens` wins over its older name."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
     def template_options(self) -> dict[str, Any]:
         """Options of the chat template; enable_thinking wins over chat_template_kwargs over metadata."""
         options = dict(self.chat_template_kwargs or {})
         in_metadata = (self.metadata or {}).get("enable_thinking")
+        if options.pop("add_generation_prompt", True) is not True:
+            raise RequestError("chat_template_kwargs: add_generation_prompt is always true here")
         if self.enable_thinking is not None:
             options["enable_thinking"] = self.enable_thinking
         elif in_metadata is not None:
@@ -131,63 +217,64 @@ class ChatRequest(BaseModel):
         return options
 
 
-@dataclass(frozen=True)
-class Answer:
-    """Builds the JSON of one response; all chunks of a stream share its id and time."""
-
-    model: str
-    prompt_tokens: int
-    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def completion(self, text: str, completion_tokens: int, finish_reason: FinishReason) -> dict[str, Any]:
-        """The body of a response in one piece."""
-        message = {"role": "assistant", "content": text}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
-        return self._object("chat.completion", [choice]) | {"usage": self.usage(completion_tokens)}
-
-    def chunk(self, delta: dict[str, str], finish_reason: FinishReason | None = None) -> dict[str, Any]:
-        """One chunk of a stream."""
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return self._object("chat.completion.chunk", [choice])
-
-    def usage_chunk(self, completion_tokens: int) -> dict[str, Any]:
-        """The last chunk of a stream that was asked for usage: it has no choices."""
-        return self._object("chat.completion.chunk", []) | {"usage": self.usage(completion_tokens)}
-
-    def usage(self, completion_tokens: int) -> dict[str, int]:
-        """Token counts of prompt and answer."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": self.prompt_tokens + completion_tokens,
-        }
-
-    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-        }
+TokenIds = list[Annotated[int, Field(strict=True, ge=0)]]
 
 
-def model_card(name: str, max_length: int, created: int) -> dict[str, Any]:
-    """One entry of /v1/models."""
-    return {
-        "id": name,
-        "object": "model",
-        "created": created,
-        "owned_by": "ernietune",
-        "root": name,
-        "parent": None,
-        "max_model_len": max_length,
-    }
+class CompletionRequest(SamplingFields):
+    """The body of POST /v1/completions: one prompt or several, as text or as token ids."""
+
+    prompt: str | TokenIds | list[str] | list[TokenIds]
+    max_tokens: int | None = 16
+
+    # Unlike in a chat, 0 asks for something: the log-probability of the chosen token.
+    unsupported: ClassVar[_Accepted] = UNSUPPORTED | {"logprobs": ()}
+
+    @field_validator("prompt", mode="wrap")
+    @classmethod
+    def _one_form(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return check(value)
+        except ValidationError:
+            raise ValueError("expected a string, token ids, or a list of either") from None
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts one by one; RequestError when there are none."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if not self.prompt:
+            raise RequestError("prompt is empty; at least one token is needed")
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)  # type: ignore[arg-type]
 
 
-def error_body(
-    message: str, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    """An error in OpenAI's shape."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+class TokenizeRequest(RequestBody):
+    """The body of POST /tokenize: a text, or a chat with its generation prompt."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool = False
+
+    def chat(self) -> ChatRequest | None:
+        """The chat, None for a text; RequestError unless there is exactly one of them."""
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("give either 'prompt' or 'messages'")
+        if self.messages is None:
+            return None
+        if not self.messages:
+            raise RequestError("messages is empty; at least one message is needed")
+        chat = ChatRequest(
+            messages=self.messages, tools=self.tools, chat_template_kwargs=self.chat_template_kwargs
+        )
+        chat.check()
+        return chat
+
+
+class DetokenizeRequest(RequestBody):
+    """The body of POST /detokenize."""
+
+    model: str | None = None
+    tokens: TokenIds

@@ -62,7 +62,7 @@ class Event:
     """One piece of an answer.
 
     `call` opens tool call `index` with its name, `arguments` continues it, `call_end` says that it is valid.
-    `no_call` and `no_thought` take back the call `index` or all of the reasoning; its text follows as content.
+    `no_call` and `no_thought` take back call `index` or all of the reasoning; the text follows as content.
     """
 
     kind: EventKind
@@ -91,7 +91,7 @@ class OutputParser:
     """Feed it the text of one answer, in any pieces; call `finish` once when no more comes."""
 
     def __init__(self, reasoning: Rules | None = None, tools: Rules | None = None, thinking: bool = True):
-        """`thinking`: the prompt left a thought open. Without `reasoning` or `tools` these are not looked for."""
+        """`thinking`: the prompt left a thought open. None for what is not to be looked for."""
         self._rules = reasoning or tools or _PLAIN
         self._reasons = reasoning is not None
         self._tools = tools
@@ -109,6 +109,11 @@ class OutputParser:
         self._call: CallReader | None = None
         self._announced = False
         self._calls = 0
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the text that comes next belongs to a thought."""
+        return self._state == "reasoning"
 
     def feed(self, delta: str) -> list[Event]:
         """The events that became certain with this text."""
@@ -273,7 +278,7 @@ def parse(text: str, parser: OutputParser) -> Parsed:
 
 @dataclass(frozen=True)
 class ParserChoice:
-    """The parsers of a server. `assume_thinking`: a prompt that ends without any think tag left a thought open."""
+    """The parsers of a server; with `assume_thinking` a prompt that ends without a tag left a thought open."""
 
     reasoning: Rules | None = None
     tools: Rules | None = None
