@@ -10,7 +10,7 @@ import typer
 
 from ernietune import environment
 from ernietune.errors import ErnietuneError
-from ernietune.serve.flags import PARSER_HELP, ServeCommand, explain
+from ernietune.serve.flags import HELP, PARSER_HELP, ServeCommand, explain
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -110,7 +110,7 @@ def evaluate(
         run.write_report(report, output)
 
 
-@app.command(cls=ServeCommand)
+@app.command(cls=ServeCommand, epilog=HELP)
 def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model folder, run, checkpoint, adapter or hub id.")],
@@ -133,9 +133,7 @@ def serve(
     reasoning_parser: Annotated[str | None, typer.Option(help=PARSER_HELP)] = None,
     tool_call_parser: Annotated[str | None, typer.Option(help=PARSER_HELP)] = None,
     api_key: Annotated[list[str] | None, typer.Option(help="Accept requests with this key only.")] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Makes the answers to requests without seed repeat.")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seeds requests that bring none.")] = None,
 ) -> None:
     """Serve an OpenAI-compatible API; flags of FastDeploy and vLLM are understood."""
     from ernietune.serve.options import Launch

@@ -34,10 +34,8 @@ def serve(launch: Launch) -> None:
     # All that can be wrong is found before the model: it may cost a minute of loading.
     launch.settings("text", None)
     pixels = pixel_changes(launch.processor_kwargs)
-    ports = (
-        [launch.port] if launch.metrics_port in (None, launch.port) else [launch.port, launch.metrics_port]
-    )
-    listeners = [listen(launch.host, port) for port in ports if port is not None]
+    ports = list(dict.fromkeys([launch.port, launch.metrics_port or launch.port]))
+    listeners = [listen(launch.host, port) for port in ports]
     print(f"loading {launch.model}", flush=True)
     started = time.perf_counter()
     engine = Engine.load(launch.model, launch.adapter, launch.max_length)
@@ -45,9 +43,8 @@ def serve(launch: Launch) -> None:
     service = Service(engine, launch.settings(engine.template.kind, engine.tokenizer.chat_template))
     print(f"loaded in {time.perf_counter() - started:.1f} s; context {engine.max_length} tokens", flush=True)
     urls = [f"http://{launch.host}:{listener.getsockname()[1]}" for listener in listeners]
-    print(
-        f"ready: {urls[0]}/v1 (model {service.settings.model_name}); metrics: {urls[-1]}/metrics", flush=True
-    )
+    print(f"ready: {urls[0]}/v1 (model {service.settings.model_name})", flush=True)
+    print(f"metrics: {urls[-1]}/metrics", flush=True)
     apps = [app_of(service), metrics_app(service.metrics)]
     asyncio.run(_run(list(zip(apps, listeners, strict=False))))
 

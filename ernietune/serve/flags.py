@@ -1,4 +1,4 @@
-"""Flags of FastDeploy's and vLLM's servers, which people have in scripts: accepted and explained, or refused."""
+"""Flags of FastDeploy's and vLLM's servers that people have in scripts: explained, or refused."""
 
 from __future__ import annotations
 

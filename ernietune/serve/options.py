@@ -70,7 +70,7 @@ class Launch:
 
 
 def image_limit(text: str | None) -> int | None:
-    """The number of images in `--limit-mm-per-prompt`; other kinds are accepted, as no request can have them."""
+    """The number of images in `--limit-mm-per-prompt`; no request can have media of another kind."""
     if text is None:
         return None
     values = _json_object("--limit-mm-per-prompt", text)

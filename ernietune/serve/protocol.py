@@ -1,4 +1,4 @@
-"""Requests in OpenAI's form: what comes in is checked and mapped to the engine's settings here, and only here."""
+"""Requests in OpenAI's form: checked, and mapped to the engine's settings, here and only here."""
 
 from __future__ import annotations
 
@@ -102,12 +102,12 @@ class RequestBody(BaseModel):
     @classmethod
     def _is_text(cls, body: Any) -> Any:
         """JSON can spell halves of surrogate pairs, which are no text and could not be sent back."""
+        if not isinstance(body, dict):
+            return body  # refused next
         try:
             json.dumps(body, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError(
-                "a string holds half of a surrogate pair; it is not valid Unicode text"
-            ) from None
+            raise ValueError("a string holds half of a surrogate pair; that is no text") from None
         except RecursionError:
             raise ValueError("the body is nested too deeply") from None
         return body
@@ -244,8 +244,8 @@ class CompletionRequest(SamplingFields):
         if not self.prompt:
             raise RequestError("prompt is empty; at least one token is needed")
         if isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+            return [self.prompt]
+        return list(self.prompt)
 
 
 class TokenizeRequest(RequestBody):

@@ -47,7 +47,7 @@ class Service:
         check_count(conversation, self.settings.max_images)
         opener = picture_opener(self.settings.media_folder)
         request = self.engine.prepare(conversation, opener, **body.template_options())
-        tail = tail_of(request.ids, self.engine.tokenizer)
+        tail = tail_of(request.ids.tolist(), self.engine.tokenizer)
         return request, self.settings.parsers.open(tail, with_tools=body.uses_tools)
 
     def prepare_text(self, prompt: str | list[int]) -> Request:

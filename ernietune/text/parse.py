@@ -278,7 +278,7 @@ def parse(text: str, parser: OutputParser) -> Parsed:
 
 @dataclass(frozen=True)
 class ParserChoice:
-    """The parsers of a server; with `assume_thinking` a prompt that ends without a tag left a thought open."""
+    """The parsers of a server; `assume_thinking`: a prompt that ends without a tag left a thought open."""
 
     reasoning: Rules | None = None
     tools: Rules | None = None

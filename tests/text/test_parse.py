@@ -1,4 +1,4 @@
-"""Cases of the peers' own test-suites and rules (parser_cases.json), and: any split gives the same as the whole."""
+"""Cases of the peers' own tests and rules (parser_cases.json), and: any split gives the same as the whole."""
 
 from __future__ import annotations
 
