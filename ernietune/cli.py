@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ernietune import environment
-from ernietune.errors import ErnietuneError
+from ernietune.errors import ConfigError, ErnietuneError
 from ernietune.serve.flags import HELP, PARSER_HELP, ServeCommand, explain
 
 app = typer.Typer(
@@ -165,17 +165,26 @@ def serve(
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(help="A model folder, run, checkpoint, adapter or hub id.")],
+    model: Annotated[str, typer.Argument(help="A model folder, run, checkpoint, adapter, hub id or URL.")],
     adapter: Annotated[Path | None, typer.Option(help="Put this adapter on the model, unmerged.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     thinking: Annotated[
         bool | None, typer.Option(help="Open a think block, where the format has a choice.")
     ] = None,
     max_length: Annotated[int | None, typer.Option(help="Context length in tokens.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="For a URL whose server wants one.")] = None,
 ) -> None:
     """Chat in the terminal; pictures by path."""
-    environment.require_paddle()
-    from ernietune.infer.engine import Engine
     from ernietune.serve import chat as terminal
 
-    terminal.chat(Engine.load(model, adapter, max_length), system=system, enable_thinking=thinking)
+    if model.startswith(("http://", "https://")):
+        from ernietune.serve.wire import RemoteSpeaker
+
+        if adapter is not None or max_length is not None:
+            raise ConfigError("--adapter and --max-length are for a model here; the server has its own")
+        terminal.chat(RemoteSpeaker(model, thinking, api_key), system)
+        return
+    environment.require_paddle()
+    from ernietune.serve.local import LocalSpeaker
+
+    terminal.chat(LocalSpeaker.load(model, adapter, max_length, thinking), system)

@@ -1,4 +1,4 @@
-"""A stand-in for the engine that says what it is told to, one character per token, and remembers what it was asked."""
+"""A stand-in for the engine: says what it is told to, a character per token, and remembers the questions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import uvicorn
 
 from ernietune.infer.request import ContextLengthError, Delta, Request
-from ernietune.media.image import ImageLimits
+from ernietune.media.image import ImageLimits, open_image
 from ernietune.serve.api import create_app, listen
 from ernietune.serve.options import Settings
 
@@ -45,7 +45,7 @@ class Speaker:
         self.conversation, self.options, self.params = None, None, []
         self.cancelled, self.pause = 0, 0.0
 
-    def prepare(self, conversation, open_picture, **options):
+    def prepare(self, conversation, open_picture=open_image, **options):
         self.conversation, self.options = conversation, options
         for url in conversation.images:
             open_picture(url)

@@ -14,6 +14,7 @@ from tests.serve.speaker import Speaker
 
 CHAT, TEXT, TOKENIZE, DETOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"
 USER = {"role": "user", "content": "?"}
+BROKEN_CALL = {"function": {"name": "f", "arguments": "{"}}
 
 
 def said(**message: object) -> dict:

@@ -9,8 +9,9 @@ from ernietune.serve.options import Launch, changed_limits, image_limit, pixel_c
 
 # As their documentation has people type them.
 FASTDEPLOY = (
-    "--model M --port 8180 --metrics-port 8181 --engine-worker-queue-port 8182 --max-model-len 32768 --enable-mm "
-    "--reasoning-parser ernie-45-vl --max-num-seqs 32 --cache-queue-port 8183 --tensor-parallel-size 1"
+    "--model M --port 8180 --metrics-port 8181 --engine-worker-queue-port 8182 --max-model-len 32768 "
+    "--enable-mm --reasoning-parser ernie-45-vl --max-num-seqs 32 --cache-queue-port 8183 "
+    "--tensor-parallel-size 1"
 )
 VLLM = "M --reasoning-parser ernie45 --enable-auto-tool-choice --max-num-seqs=4 --enable-chunked-prefill"
 
