@@ -18,7 +18,7 @@ from ernietune.serve.stream import event_stream
 from ernietune.text.parse import Event, collect
 
 CLIENT_CLOSED = 499  # nobody reads it; the usual code for a client that went away
-SSE: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+SSE: dict[str, Any] = {"content": {"text/event-stream": {}}}
 
 
 def chat_routes(service: Service) -> APIRouter:

@@ -33,8 +33,8 @@ def add_error_handlers(app: FastAPI) -> None:
         return _failed(400, f"{param or 'request body'}: {first['msg']}", param=param or None)
 
     @app.exception_handler(RequestError)
-    async def refused(_: Request, error: RequestError) -> JSONResponse:
-        return _refused(error)
+    async def refused(request: Request, error: RequestError) -> JSONResponse:
+        return _refused(error, "prompt" if request.url.path == "/v1/completions" else "messages")
 
     @app.exception_handler(DataError)
     async def unreadable(_: Request, error: DataError) -> JSONResponse:
@@ -54,11 +54,11 @@ def add_error_handlers(app: FastAPI) -> None:
         return _failed(500, f"internal error: {type(error).__name__}; see the server's log", "server_error")
 
 
-def _refused(error: RequestError) -> JSONResponse:
+def _refused(error: RequestError, prompt: str) -> JSONResponse:
     if isinstance(error, ModelNotFound):
         return _failed(404, str(error), param="model", code="model_not_found")
     if isinstance(error, ContextLengthError):
-        return _failed(400, str(error), param="messages", code="context_length_exceeded")
+        return _failed(400, str(error), param=prompt, code="context_length_exceeded")
     if isinstance(error, SettingError | UnsupportedField):
         return _failed(400, str(error), param=error.field, code="invalid_value")
     return _failed(400, str(error))

@@ -47,14 +47,15 @@ class Metrics:
         self.waiting = self.running = 0
         self._prompt_tokens = self._generated_tokens = 0
         self._finished = {"stop": 0, "length": 0, "abort": 0}
-        self._first_token, self._next_token, self._whole = (Histogram(_SECONDS) for _ in range(3))
+        self._first_token, self._next_token = Histogram(_SECONDS), Histogram(_SECONDS)
+        self._decode, self._whole = Histogram(_SECONDS), Histogram(_SECONDS)
         self._prompts, self._answers, self._limits = (Histogram(_TOKENS) for _ in range(3))
 
     async def watch(
         self, deltas: AsyncGenerator[Delta, None], prompt_tokens: int, max_tokens: int | None
     ) -> AsyncGenerator[Delta, None]:
         """Pass a generation through and record it, also when it fails or is given up."""
-        started = last = time.perf_counter()
+        started = first = last = time.perf_counter()
         tokens, reason = 0, "abort"
         self.waiting += 1
         try:
@@ -62,6 +63,7 @@ class Metrics:
                 async for delta in deltas:
                     if delta.ids:
                         last = self._record_tokens(tokens == 0, len(delta.ids), started, last)
+                        first = first if tokens else last
                         tokens += len(delta.ids)
                     reason = delta.finish_reason or reason
                     yield delta
@@ -70,6 +72,7 @@ class Metrics:
                 self.running -= 1
             else:
                 self.waiting -= 1
+            self._decode.observe(last - first)
             self._record_end(reason, prompt_tokens, tokens, max_tokens, started)
 
     def _record_tokens(self, first: bool, count: int, started: float, last: float) -> float:
@@ -104,6 +107,7 @@ class Metrics:
             *self._many("time_to_first_token_seconds", "From arrival to first token.", self._first_token),
             *self._many("time_per_output_token_seconds", "Between two tokens.", self._next_token),
             *self._many("inter_token_latency_seconds", "Between two tokens.", self._next_token),
+            *self._many("request_decode_time_seconds", "From first token to last.", self._decode),
             *self._many("e2e_request_latency_seconds", "From arrival to last token.", self._whole),
             *self._many("request_prompt_tokens", "Tokens of a prompt.", self._prompts),
             *self._many("request_generation_tokens", "Tokens of an answer.", self._answers),

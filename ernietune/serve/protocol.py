@@ -85,7 +85,8 @@ class UnsupportedField(RequestError):
     """A request asks for something that this server cannot do; `field` names it."""
 
     def __init__(self, field: str, value: object, advice: str = "leave the field out") -> None:
-        super().__init__(f"{field}={value!r} is not supported by this server; {advice}")
+        shown = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}..."
+        super().__init__(f"{field}={shown} is not supported by this server; {advice}")
         self.field = field
 
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import pytest
+from typer.testing import CliRunner
 
+from ernietune.cli import app
 from ernietune.errors import ConfigError
 from ernietune.media.image import ImageLimits
 from ernietune.serve.flags import explain, split_foreign
@@ -83,3 +85,14 @@ def test_a_command_line_becomes_settings() -> None:
     assert settings.parsers.tools is not None
     with pytest.raises(ConfigError, match="--reasoning-parser erine"):
         Launch("m", reasoning_parser="erine").settings("thinking", None)
+
+
+def test_the_command_line_explains_itself() -> None:
+    shown = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "500"}).output
+    assert "--reasoning-parser" in shown
+    assert "without effect: --block-size" in shown
+
+
+def test_a_server_has_its_own_adapter() -> None:
+    result = CliRunner().invoke(app, ["chat", "http://127.0.0.1:1", "--adapter", "x"])
+    assert isinstance(result.exception, ConfigError)
