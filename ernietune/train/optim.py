@@ -43,7 +43,8 @@ class Optimizer:
         self.parameters = trainable(model)
         fast = [p for path, p in self.parameters.items() if path.endswith(".lora_B")]
         others = [p for path, p in self.parameters.items() if not path.endswith(".lora_B")]
-        decayed = {p.name for path, p in self.parameters.items() if _decays(path)}
+        # Matrices only: biases and norms, whatever they are called, keep their scale.
+        decayed = {p.name for p in self.parameters.values() if p.ndim > 1}
         groups = [{"params": others, "learning_rate": 1.0}, {"params": fast, "learning_rate": plus_ratio}]
         low_precision = any(p.dtype in (paddle.bfloat16, paddle.float16) for p in self.parameters.values())
         self.clip_norm = train.clip_norm
@@ -98,8 +99,3 @@ class Optimizer:
             if isinstance(tensor, Tensor):
                 owner = next(name for name in owners if key.startswith(name + "_"))
                 yield owner, key[len(owner) + 1 :], tensor
-
-
-def _decays(path: str) -> bool:
-    """Weight decay is for matrices: biases and norms keep their scale."""
-    return not path.endswith(".bias") and "norm" not in path.rpartition(".")[0].rpartition(".")[2]

@@ -1,9 +1,9 @@
 """Grouped-query attention over packed documents, in blocks of queries.
 
-A key j is visible to the query i when j <= i < until[j] (both counted over all keys), which covers packed samples
-(until = the sample's end) and shared-prompt pairs alike. On a GPU this is FlashMask; on a CPU each block of queries
-meets only the keys between the first one it may see and its own last row, and only q, k, v and the output are kept
-for the backward pass.
+A key j is visible to the query i when j <= i < until[j] (both counted over all keys), which covers packed
+samples (until = the sample's end) and shared-prompt pairs alike. On a GPU this is FlashMask; on a CPU each
+block of queries meets only the keys between the first one it may see and its own last row, and only q, k, v
+and the output are kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SCORE_ELEMENTS = 1 << 24
 
 @dataclass(frozen=True)
 class _Block:
-    """Queries [start, stop) against keys [low, high); `bias` [queries, keys] is 0 or -inf, None if all are visible."""
+    """Queries [start, stop) against keys [low, high); `bias` [queries, keys] is 0 or -inf, None if all 0."""
 
     start: int
     stop: int
@@ -68,7 +68,7 @@ def _plan(queries: int, keys: int, until: np.ndarray, on_device: Tensor | None) 
 
 
 def causal_plan(queries: int, keys: int, until: Tensor | None = None) -> AttentionPlan:
-    """The plan for the last `queries` of `keys` positions; `until` [keys] defaults to "seen by all that follow"."""
+    """The plan for the last `queries` of `keys` positions; `until` [keys]: by default unlimited."""
     if until is None:
         return _plain_plan(queries, keys)
     return _plan(queries, keys, until.numpy(), until.astype("int32"))
@@ -79,8 +79,7 @@ def _softmax_block(q: Tensor, k: Tensor, block: _Block, repeat: int) -> Tensor:
     scores = paddle.matmul(q, k, transpose_y=True).astype("float32")
     if block.bias is not None:
         rows, columns = block.bias.shape
-        shape = scores.shape
-        scores = (scores.reshape([-1, repeat, rows, columns]) + block.bias).reshape(shape)
+        scores.reshape([-1, repeat, rows, columns]).add_(block.bias)  # a view: masks in place
     return F.softmax(scores).astype(q.dtype)
 
 
@@ -106,14 +105,17 @@ def _ungrouped(pieces: list[Tensor], groups: int, repeat: int) -> Tensor:
     return whole.transpose([2, 0, 1, 3]).reshape([-1, groups * repeat, width])
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-    groups, repeat = k.shape[1], q.shape[1] // k.shape[1]
-    queries, keys, values = _grouped(q * q.shape[-1] ** -0.5, groups), _heads_first(k), _heads_first(v)
+def cached_attention(q_THd: Tensor, k_KSd: Tensor, v_KSd: Tensor, plan: AttentionPlan) -> Tensor:
+    """`attention` [T, H, d] without gradients over keys and values that are stored by head."""
+    groups, repeat = k_KSd.shape[0], q_THd.shape[1] // k_KSd.shape[0]
+    queries, keys, values = _grouped(q_THd * q_THd.shape[-1] ** -0.5, groups), k_KSd, v_KSd
     pieces = []
     for block in plan.blocks:
         span = slice(block.low, block.high)
-        weights = _softmax_block(_rows(queries, block), keys[:, span], block, repeat)
-        pieces.append(paddle.matmul(weights, values[:, span]))
+        whole = block.low == 0 and block.high == plan.keys  # a slice of a CPU tensor is a copy
+        seen_k, seen_v = (keys, values) if whole else (keys[:, span], values[:, span])
+        weights = _softmax_block(_rows(queries, block), seen_k, block, repeat)
+        pieces.append(paddle.matmul(weights, seen_v))
     return _ungrouped(pieces, groups, repeat)
 
 
@@ -122,7 +124,7 @@ class _BlockAttention(PyLayer):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-        output = _forward(q, k, v, plan)
+        output = cached_attention(q, _heads_first(k), _heads_first(v), plan)
         ctx.plan = plan
         ctx.save_for_backward(q, k, v, output)
         return output
@@ -143,9 +145,8 @@ class _BlockAttention(PyLayer):
             rows, keys_b = _rows(queries, block), keys[:, span]
             weights = _softmax_block(rows, keys_b, block, repeat)
             out_grad = _rows(gradient, block)
-            scores = weights * (
-                paddle.matmul(out_grad, values[:, span], transpose_y=True) - _rows(inner, block)
-            )
+            scores = paddle.matmul(out_grad, values[:, span], transpose_y=True)
+            scores = scores.subtract_(_rows(inner, block)).multiply_(weights)
             grad_v[:, span] = grad_v[:, span] + paddle.matmul(weights, out_grad, transpose_x=True)
             grad_k[:, span] = grad_k[:, span] + paddle.matmul(scores, rows, transpose_x=True)
             pieces.append(paddle.matmul(scores, keys_b) * scale)
@@ -166,7 +167,7 @@ def attention(q_THd: Tensor, k_SKd: Tensor, v_SKd: Tensor, plan: AttentionPlan) 
     if q_THd.place.is_gpu_place() and plan.queries == plan.keys:
         return _flash_mask(q_THd, k_SKd, v_SKd, plan)
     if not paddle.is_grad_enabled() or (q_THd.stop_gradient and k_SKd.stop_gradient and v_SKd.stop_gradient):
-        return _forward(q_THd, k_SKd, v_SKd, plan)
+        return cached_attention(q_THd, _heads_first(k_SKd), _heads_first(v_SKd), plan)
     return _BlockAttention.apply(q_THd, k_SKd, v_SKd, plan)
 
 
@@ -210,7 +211,7 @@ def _join_frames(x: Tensor, frames: int) -> Tensor:
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T) v of [batch, length, d] in pieces of the batch, and of the rows where one item is large."""
+    """softmax(q k^T) v of [batch, length, d] in pieces of the batch, and of the rows of large items."""
     batch, length, _ = q.shape
     step = max(1, SCORE_ELEMENTS // (length * length))
     if step >= batch:
