@@ -119,6 +119,8 @@ def serve(
     metrics_port: Annotated[int | None, typer.Option(help="Serve /metrics on this port too.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Put this adapter on the model, unmerged.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Prompt and answer together, in tokens.")] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Answers that grow at the same time.")] = 16,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens per step of the engine.")] = 512,
     served_model_name: Annotated[str | None, typer.Option(help="Name in answers and in /v1/models.")] = None,
     strict_model_name: Annotated[
         bool, typer.Option("--strict-model-name", help="Refuse requests for other model names.")
@@ -145,6 +147,8 @@ def serve(
         metrics_port=metrics_port,
         adapter=adapter,
         max_length=max_model_len,
+        max_sequences=max_num_seqs,
+        max_batched_tokens=max_num_batched_tokens,
         served_name=served_model_name,
         media_folder=allow_local_files,
         reasoning_parser=reasoning_parser,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ernietune.infer.request import Delta
+from ernietune.infer.request import Delta, TokenLogprob
 from ernietune.text.parse import Call, Event, OutputParser, Parsed
 
 FinishReason = Literal["stop", "length", "tool_calls"]
@@ -17,36 +17,43 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a parsed generation: its events, and the tokens so far."""
+    """One step of a choice: its events and log-probabilities; and the tokens of all choices so far."""
 
-    events: list[Event]
-    tokens: int
-    reasoning_tokens: int
+    events: list[Event] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    index: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    tokens: int = 0
+    reasoning_tokens: int = 0
+    cached_tokens: int = 0
 
 
 async def parsed(
-    deltas: AsyncGenerator[Delta, None], parser: OutputParser, one_call: bool = False
+    deltas: AsyncGenerator[Delta, None], parsers: Sequence[OutputParser], one_call: bool = False
 ) -> AsyncGenerator[Step, None]:
-    """Take a generation apart as it runs; with `one_call` it ends behind its first tool call."""
-    tokens = reasoning_tokens = 0
-    called = False
+    """Take the choices of a generation apart as they grow; with `one_call` each ends behind a tool call."""
+    tokens = reasoning_tokens = cached_tokens = 0
+    unfinished, called = set(range(len(parsers))), set()
     async with aclosing(deltas):
         async for delta in deltas:
+            if delta.index not in unfinished:
+                continue
+            parser = parsers[delta.index]
             reasoning_tokens += len(delta.ids) if parser.thinking else 0
-            tokens += len(delta.ids)
-            events = parser.feed(delta.text)
-            if delta.finish_reason is not None:
-                events += parser.finish()
-            ends = [index for index, event in enumerate(events) if event.kind == "call_end"]
-            called = called or bool(ends)
-            if one_call and ends:
-                yield Step(events[: ends[0] + 1], tokens, reasoning_tokens, "tool_calls")
+            tokens, cached_tokens = tokens + len(delta.ids), max(cached_tokens, delta.cached_tokens)
+            events = parser.feed(delta.text) + (parser.finish() if delta.finish_reason is not None else [])
+            ends = [place for place, event in enumerate(events) if event.kind == "call_end"]
+            if ends:
+                called.add(delta.index)
+            reason: FinishReason | None = delta.finish_reason
+            if delta.index in called and (reason == "stop" or one_call):
+                reason, events = "tool_calls", events[: ends[0] + 1] if one_call else events
+            if reason is not None:
+                unfinished.remove(delta.index)
+            counts = (tokens, reasoning_tokens, cached_tokens)
+            yield Step(events, reason, delta.index, delta.logprobs, *counts)
+            if not unfinished:
                 return
-            stopped_to_call = called and delta.finish_reason == "stop"
-            yield Step(
-                events, tokens, reasoning_tokens, "tool_calls" if stopped_to_call else delta.finish_reason
-            )
 
 
 @dataclass(frozen=True)
@@ -58,15 +65,18 @@ class _Answer:
     id: str
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def usage(self, tokens: int, reasoning_tokens: int = 0) -> dict[str, Any]:
-        """Token counts of prompt and answer."""
-        details = {"completion_tokens_details": {"reasoning_tokens": reasoning_tokens}}
-        return {
+    def usage(self, last: Step) -> dict[str, Any]:
+        """Token counts of prompt and answers."""
+        usage: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": tokens,
-            "total_tokens": self.prompt_tokens + tokens,
-            **(details if reasoning_tokens else {}),
+            "completion_tokens": last.tokens,
+            "total_tokens": self.prompt_tokens + last.tokens,
         }
+        if last.cached_tokens:
+            usage["prompt_tokens_details"] = {"cached_tokens": last.cached_tokens}
+        if last.reasoning_tokens:
+            usage["completion_tokens_details"] = {"reasoning_tokens": last.reasoning_tokens}
+        return usage
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -84,26 +94,25 @@ class ChatAnswer(_Answer):
 
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
 
-    def completion(self, parsed: Parsed, last: Step) -> dict[str, Any]:
+    def completion(self, choices: list[dict[str, Any]], last: Step) -> dict[str, Any]:
         """The body of a response in one piece."""
-        choice = {
-            "index": 0,
-            "message": message(parsed),
-            "logprobs": None,
-            "finish_reason": last.finish_reason,
-        }
-        usage = self.usage(last.tokens, last.reasoning_tokens)
-        return self._object("chat.completion", [choice]) | {"usage": usage}
+        return self._object("chat.completion", choices) | {"usage": self.usage(last)}
 
-    def chunk(self, delta: dict[str, Any], finish_reason: FinishReason | None = None) -> dict[str, Any]:
-        """One chunk of a stream."""
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return self._object("chat.completion.chunk", [choice])
+    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """One chunk of a stream; without choices it only carries the usage."""
+        return self._object("chat.completion.chunk", choices)
 
-    def usage_chunk(self, last: Step) -> dict[str, Any]:
-        """The last chunk of a stream that was asked for usage: it has no choices."""
-        usage = self.usage(last.tokens, last.reasoning_tokens)
-        return self._object("chat.completion.chunk", []) | {"usage": usage}
+
+def choice(
+    index: int, said: dict[str, Any], finish_reason: str | None, logprobs: list[dict[str, Any]] | None
+) -> dict[str, Any]:
+    """One choice of a chat: `said` is its message, or its delta."""
+    return {
+        "index": index,
+        **said,
+        "logprobs": None if logprobs is None else {"content": logprobs},
+        "finish_reason": finish_reason,
+    }
 
 
 @dataclass(frozen=True)
@@ -112,18 +121,20 @@ class TextAnswer(_Answer):
 
     id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
 
-    def completion(self, choices: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
+    def completion(self, choices: list[dict[str, Any]], last: Step) -> dict[str, Any]:
         """The body of a response in one piece."""
-        return self.chunk(choices) | {"usage": self.usage(tokens)}
+        return self.chunk(choices) | {"usage": self.usage(last)}
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """One chunk of a stream; without choices it only carries the usage."""
         return self._object("text_completion", choices)
 
 
-def text_choice(index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+def text_choice(
+    index: int, text: str, finish_reason: str | None, logprobs: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """One choice of a completion or of a chunk of it."""
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 def message(parsed: Parsed) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from starlette.exceptions import HTTPException
 
 from ernietune.errors import ConfigError
 from ernietune.infer.engine import Engine
+from ernietune.infer.options import EngineOptions
 from ernietune.serve.chats import chat_routes
 from ernietune.serve.completions import completion_routes, tokenizer_routes
 from ernietune.serve.errors import add_error_handlers
-from ernietune.serve.metrics import CONTENT_TYPE, Metrics
+from ernietune.serve.metrics import CONTENT_TYPE
 from ernietune.serve.options import Launch, Settings, changed_limits, pixel_changes
 from ernietune.serve.protocol import ModelNotFound
 from ernietune.serve.schemas import ErrorOut, ModelCard, ModelList
@@ -38,14 +39,15 @@ def serve(launch: Launch) -> None:
     listeners = [listen(launch.host, port) for port in ports]
     print(f"loading {launch.model}", flush=True)
     started = time.perf_counter()
-    engine = Engine.load(launch.model, launch.adapter, launch.max_length)
+    limits = EngineOptions(launch.max_sequences, launch.max_batched_tokens)
+    engine = Engine.load(launch.model, launch.adapter, launch.max_length, limits)
     engine.limits = changed_limits(engine.limits, pixels)
     service = Service(engine, launch.settings(engine.template.kind, engine.tokenizer.chat_template))
     print(f"loaded in {time.perf_counter() - started:.1f} s; context {engine.max_length} tokens", flush=True)
     urls = [f"http://{launch.host}:{listener.getsockname()[1]}" for listener in listeners]
     print(f"ready: {urls[0]}/v1 (model {service.settings.model_name})", flush=True)
     print(f"metrics: {urls[-1]}/metrics", flush=True)
-    apps = [app_of(service), metrics_app(service.metrics)]
+    apps = [app_of(service), metrics_app(service)]
     asyncio.run(_run(list(zip(apps, listeners, strict=False))))
 
 
@@ -87,24 +89,24 @@ def app_of(service: Service) -> FastAPI:
     return app
 
 
-def metrics_app(metrics: Metrics) -> FastAPI:
+def metrics_app(service: Service) -> FastAPI:
     """The metrics alone, for a port of their own."""
     app = FastAPI(title="ernietune metrics", docs_url=None, redoc_url=None)
     add_error_handlers(app)
-    _add_metrics_route(app, metrics)
+    _add_metrics_route(app, service)
     return app
 
 
-def _add_metrics_route(app: FastAPI, metrics: Metrics) -> None:
+def _add_metrics_route(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """Counters and histograms in Prometheus' text format."""
-        return Response(metrics.exposition(), media_type=CONTENT_TYPE)
+        return Response(service.metrics.exposition(service.engine.stats()), media_type=CONTENT_TYPE)
 
 
 def _add_status_routes(app: FastAPI, service: Service) -> None:
     name = service.settings.model_name
-    _add_metrics_route(app, service.metrics)
+    _add_metrics_route(app, service)
 
     @app.get("/health")
     async def health() -> dict[str, str]:

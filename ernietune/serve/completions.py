@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -10,15 +10,18 @@ from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 
-from ernietune.infer.request import Delta
-from ernietune.serve.answer import TextAnswer, text_choice
+from ernietune.infer.request import Delta, TokenLogprob
+from ernietune.infer.request import Request as Prompt
+from ernietune.serve.answer import Step, TextAnswer, text_choice
 from ernietune.serve.chats import CLIENT_CLOSED, SSE
+from ernietune.serve.logprobs import TextLogprobs
 from ernietune.serve.protocol import CompletionRequest, DetokenizeRequest, TokenizeRequest
 from ernietune.serve.schemas import Detokenized, TextCompletion, TokenizerInfo, Tokens
 from ernietune.serve.service import Service
 from ernietune.serve.stream import event_stream, together
 
 _Deltas = AsyncGenerator[tuple[int, Delta], None]
+_Steps = AsyncGenerator[tuple[dict[str, Any], Step], None]
 
 
 def completion_routes(service: Service) -> APIRouter:
@@ -32,41 +35,89 @@ def completion_routes(service: Service) -> APIRouter:
         requests = await run_in_threadpool(lambda: [service.prepare_text(p) for p in body.prompts()])
         deltas = together([service.generate(request, params) for request in requests])
         answer = TextAnswer(service.settings.model_name, sum(len(request.ids) for request in requests))
+        choices = [_Choice(service, body, request) for request in requests for _ in range(params.n)]
+        steps = _steps(deltas, choices, params.n)
         if body.stream:
-            return event_stream(_chunks(answer, deltas, body))
-        return await _whole(answer, deltas, len(requests), http)
+            return event_stream(_chunks(answer, steps, body))
+        return await _whole(answer, steps, len(choices), http)
 
     return routes
 
 
-async def _whole(answer: TextAnswer, deltas: _Deltas, count: int, http: Request) -> Response:
-    texts, reasons, tokens = [""] * count, [""] * count, 0
+class _Choice:
+    """What one answer sends along with its text: the prompt when it is echoed, log-probabilities."""
+
+    def __init__(self, service: Service, body: CompletionRequest, request: Prompt) -> None:
+        self._tokenizer = service.engine.tokenizer
+        self._prompt = request.ids.tolist() if body.echo else []
+        self._logprobs = None if body.logprobs is None else TextLogprobs(self._tokenizer)
+        self._begun = False
+
+    def read(self, delta: Delta) -> tuple[str, dict[str, Any] | None]:
+        """(text, logprobs) of a delta; the first one that is not empty begins with the prompt."""
+        text = delta.text
+        if not self._begun:
+            self._begun = True
+            text = self._tokenizer.decode(self._prompt, skip_special=False) + text
+            scored = delta.prompt_logprobs or [None] * len(self._prompt)
+            self._add(self._prompt, scored)
+        self._add(delta.ids, delta.logprobs)
+        return text, None if self._logprobs is None else self._logprobs.take()
+
+    def _add(self, ids: Sequence[int], entries: Sequence[TokenLogprob | None]) -> None:
+        if self._logprobs is not None:
+            for token, entry in zip(ids, entries, strict=True):
+                self._logprobs.add(token, entry)
+
+
+async def _steps(
+    deltas: _Deltas, choices: list[_Choice], count: int
+) -> AsyncGenerator[tuple[dict[str, Any], Step], None]:
+    """(choice of a chunk, tokens so far) for each delta that says something."""
+    tokens = cached = 0
     async with aclosing(deltas):
-        async for index, delta in deltas:
-            texts[index] += delta.text
-            reasons[index] = delta.finish_reason or ""
-            tokens += len(delta.ids)
+        async for prompt, delta in deltas:
+            if not (delta.ids or delta.finish_reason):
+                continue
+            tokens, index = tokens + len(delta.ids), prompt * count + delta.index
+            cached += delta.cached_tokens
+            text, logprobs = choices[index].read(delta)
+            counts = Step(tokens=tokens, cached_tokens=cached)
+            yield text_choice(index, text, delta.finish_reason, logprobs), counts
+
+
+async def _whole(answer: TextAnswer, steps: _Steps, count: int, http: Request) -> Response:
+    whole = [text_choice(index, "", None) for index in range(count)]
+    last = Step()
+    async with aclosing(steps):
+        async for step in steps:
+            new, last = step
+            choice = whole[new["index"]]
+            choice["text"] += new["text"]
+            choice["finish_reason"] = new["finish_reason"]
+            if choice["logprobs"] is None:
+                choice["logprobs"] = new["logprobs"]
+            else:
+                for name, values in new["logprobs"].items():
+                    choice["logprobs"][name] += values
             if await http.is_disconnected():
                 return Response(status_code=CLIENT_CLOSED)
-    choices = [text_choice(i, *pair) for i, pair in enumerate(zip(texts, reasons, strict=True))]
-    return JSONResponse(answer.completion(choices, tokens))
+    return JSONResponse(answer.completion(whole, last))
 
 
 async def _chunks(
-    answer: TextAnswer, deltas: _Deltas, body: CompletionRequest
+    answer: TextAnswer, steps: _Steps, body: CompletionRequest
 ) -> AsyncGenerator[dict[str, Any], None]:
     """Text and finish reasons by prompt as they come, the usage at the end."""
     options = body.stream_options
     running = options is not None and options.continuous_usage_stats
-    tokens = 0
-    async with aclosing(deltas):
-        async for index, delta in deltas:
-            tokens += len(delta.ids)
-            if delta.text or delta.finish_reason is not None:
-                chunk = answer.chunk([text_choice(index, delta.text, delta.finish_reason)])
-                yield chunk | {"usage": answer.usage(tokens)} if running else chunk
+    last = Step()
+    async with aclosing(steps):
+        async for new, last in steps:
+            if new["text"] or new["logprobs"] or new["finish_reason"]:
+                yield answer.chunk([new]) | ({"usage": answer.usage(last)} if running else {})
     if options is not None and options.include_usage:
-        yield answer.completion([], tokens)
+        yield answer.completion([], last)
 
 
 def tokenizer_routes(service: Service) -> APIRouter:

@@ -15,7 +15,6 @@ PARSER_HELP = (
 _ONE_PROCESS = "everything runs in one process"
 _AUTOMATIC = "found out from the checkpoint"
 _MEMORY = "memory is taken as it is needed"
-_ONE_AT_A_TIME = "requests are served one after the other"
 
 
 @dataclass(frozen=True)
@@ -34,18 +33,16 @@ FOREIGN = {
     "--data-parallel-size": Foreign("one device is used", only=("1",)),
     "--dtype": Foreign("the weights keep the type of the device", only=("auto",)),
     "--enable-auto-tool-choice": Foreign("always on", takes_value=False),
-    "--enable-chunked-prefill": Foreign(_ONE_AT_A_TIME, takes_value=False),
+    "--enable-chunked-prefill": Foreign("always on", takes_value=False),
     "--enable-expert-parallel": Foreign("one device is used", takes_value=False),
     "--enable-mm": Foreign(_AUTOMATIC, takes_value=False),
-    "--enable-prefix-caching": Foreign(_ONE_AT_A_TIME, takes_value=False),
+    "--enable-prefix-caching": Foreign("always on", takes_value=False),
     "--engine-worker-queue-port": Foreign(_ONE_PROCESS),
     "--gpu-memory-utilization": Foreign(_MEMORY),
     "--graph-optimization-config": Foreign("no graphs are captured"),
     "--kv-cache-ratio": Foreign(_MEMORY),
     "--load-choices": Foreign(_AUTOMATIC),
     "--max-concurrency": Foreign("requests beyond it wait"),
-    "--max-num-batched-tokens": Foreign(_ONE_AT_A_TIME),
-    "--max-num-seqs": Foreign(_ONE_AT_A_TIME),
     "--num-gpu-blocks-override": Foreign(_MEMORY),
     "--pipeline-parallel-size": Foreign("one device is used", only=("1",)),
     "--quantization": Foreign("quantised weights are not supported yet", only=()),

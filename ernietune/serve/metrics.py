@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+from ernietune.infer.core import Stats
 from ernietune.infer.request import Delta
 
 PREFIX = "ernietune:"
@@ -96,9 +97,14 @@ class Metrics:
         if max_tokens is not None:
             self._limits.observe(max_tokens)
 
-    def exposition(self) -> str:
-        """All metrics in Prometheus' text format."""
+    def exposition(self, stats: Stats) -> str:
+        """All metrics in Prometheus' text format, with what the engine says of itself."""
+        used = 1 - stats.free_blocks / stats.blocks
         lines = [
+            *self._single("kv_cache_usage_perc", "gauge", "Share of the cache in use, 0 to 1.", used),
+            *self._single("num_preemptions_total", "counter", "Sequences put back.", stats.preemptions),
+            *self._single("prefix_cache_queries", "counter", "Tokens looked up.", stats.prefix_queries),
+            *self._single("prefix_cache_hits", "counter", "Tokens found.", stats.prefix_hits),
             *self._single("num_requests_running", "gauge", "Requests that generate.", self.running),
             *self._single("num_requests_waiting", "gauge", "Requests without a token yet.", self.waiting),
             *self._single("prompt_tokens_total", "counter", "Tokens read.", self._prompt_tokens),
@@ -122,7 +128,7 @@ class Metrics:
             lines.append(f"{PREFIX}request_success_total{{{labels}}} {count}")
         return lines
 
-    def _single(self, name: str, kind: str, text: str, value: int) -> list[str]:
+    def _single(self, name: str, kind: str, text: str, value: float) -> list[str]:
         return [*_head(name, kind, text), f"{PREFIX}{name}{{{self._labels}}} {value}"]
 
     def _many(self, name: str, text: str, histogram: Histogram) -> list[str]:

@@ -46,6 +46,8 @@ class Launch:
     metrics_port: int | None = None
     adapter: Path | None = None
     max_length: int | None = None
+    max_sequences: int = 16
+    max_batched_tokens: int = 512
     served_name: str | None = None
     media_folder: Path | None = None
     reasoning_parser: str | None = None

@@ -16,28 +16,14 @@ from pydantic import (
 )
 
 from ernietune.errors import RequestError
-from ernietune.infer.request import SamplingParams
+from ernietune.infer.request import SamplingParams, SettingError
 
 _Accepted = dict[str, tuple[object, ...]]
 # Fields that wait for an engine that has them, with the values that ask for nothing. A field moves from here
 # to `SamplingFields` and into `SamplingFields.sampling`.
 NEEDS_ENGINE: _Accepted = {
-    "n": (1,),
-    "best_of": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "prompt_logprobs": (False,),
-    "echo": (False,),
-    "logit_bias": ({},),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "bad_words": ([],),
     "bad_words_token_ids": ([],),
-    "allowed_token_ids": ([],),
-    "include_stop_str_in_output": (False,),
     "reasoning_max_tokens": (),
     "response_max_tokens": (),
     "thinking_token_budget": (),
@@ -133,6 +119,16 @@ class SamplingFields(RequestBody):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
+    n: int | None = None
+    min_p: float | None = None
+    min_tokens: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    include_stop_str_in_output: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -151,24 +147,54 @@ class SamplingFields(RequestBody):
         if served is not None and self.model is not None and self.model != served:
             raise ModelNotFound(f"the model {self.model!r} is not served here; there is {served!r}")
 
-    def sampling(self, seed: int | None = None) -> SamplingParams:
+    def sampling(
+        self, seed: int | None = None, bad_words: tuple[tuple[int, ...], ...] = ()
+    ) -> SamplingParams:
         """The sampling settings, with OpenAI's defaults; SettingError names one that is out of range.
 
-        `seed` is for requests that bring none.
+        `seed` is for requests that bring none, `bad_words` are the tokens of the field of that name.
         """
-        given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        logprobs, prompt_logprobs = self.reports()
+        given = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "n": self.n,
+            "min_p": self.min_p,
+            "min_tokens": self.min_tokens,
+            "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+        }
         return SamplingParams(
             max_tokens=self.token_limit(),
             seed=seed if self.seed is None else self.seed,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=self.ignore_eos,
+            bad_words=bad_words,
+            logit_bias=_biases(self.logit_bias or {}),
+            allowed_ids=tuple(self.allowed_token_ids) if self.allowed_token_ids else None,
+            include_stop=self.include_stop_str_in_output,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
         )
+
+    def reports(self) -> tuple[int | None, int | None]:
+        """How many alternatives to report beside each token of the answer and of the prompt."""
+        return None, None
 
     def token_limit(self) -> int | None:
         """The most tokens to generate, None for as many as the context holds."""
         return self.max_tokens
+
+
+def _biases(given: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    try:
+        return tuple((int(token), bias) for token, bias in given.items())
+    except ValueError as error:
+        raise SettingError("logit_bias", f"has keys that are no token ids ({error})") from error
 
 
 class ChatRequest(SamplingFields):
@@ -178,6 +204,8 @@ class ChatRequest(SamplingFields):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
     max_completion_tokens: int | None = None
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -193,9 +221,15 @@ class ChatRequest(SamplingFields):
         super().check(served)
         if self.tool_choice not in (None, "none", "auto"):
             raise UnsupportedField("tool_choice", self.tool_choice, "'auto' and 'none' are")
+        if self.top_logprobs and not self.logprobs:
+            raise SettingError("top_logprobs", "needs logprobs=true")
         reserved = _RESERVED_OPTIONS & self.template_options().keys()
         if reserved:
             raise RequestError(f"chat_template_kwargs may not set {min(reserved)!r}")
+
+    def reports(self) -> tuple[int | None, int | None]:
+        """`top_logprobs` of the answer, when logprobs are wanted."""
+        return (self.top_logprobs or 0 if self.logprobs else None), None
 
     def record(self) -> dict[str, Any]:
         """The conversation in the form of the training data; tool_choice "none" leaves the tools out."""
@@ -226,9 +260,20 @@ class CompletionRequest(SamplingFields):
 
     prompt: str | TokenIds | list[str] | list[TokenIds]
     max_tokens: int | None = 16
+    logprobs: int | None = None
+    echo: bool = False
+    best_of: int | None = None
 
-    # Unlike in a chat, 0 asks for something: the log-probability of the chosen token.
-    unsupported: ClassVar[_Accepted] = UNSUPPORTED | {"logprobs": ()}
+    def check(self, served: str | None = None) -> None:
+        """As for all requests; more tries than answers are refused."""
+        super().check(served)
+        if self.best_of not in (None, self.n or 1):
+            raise UnsupportedField("best_of", self.best_of, "it may only be n")
+
+    def reports(self) -> tuple[int | None, int | None]:
+        """With `echo` the prompt's are reported too, or only read when no token is to be made."""
+        scored = self.echo and (self.logprobs is not None or self.max_tokens == 0)
+        return self.logprobs, (self.logprobs or 0) if scored else None
 
     @field_validator("prompt", mode="wrap")
     @classmethod

@@ -37,13 +37,49 @@ class TokenDetails(BaseModel):
     reasoning_tokens: int
 
 
+class CacheDetails(BaseModel):
+    """How much of the prompts was known already."""
+
+    cached_tokens: int
+
+
 class UsageOut(BaseModel):
     """Token counts."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: CacheDetails | None = None
     completion_tokens_details: TokenDetails | None = None
+
+
+class TopLogprob(BaseModel):
+    """A token and the logarithm of its probability; `bytes` is null for a part of a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprobOut(TopLogprob):
+    """A token of an answer with the most probable ones in its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """The tokens of an answer, its thoughts included."""
+
+    content: list[TokenLogprobOut]
+
+
+class CompletionLogprobs(BaseModel):
+    """The tokens of a completion; with echo those of the prompt come first, the very first without value."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
 
 
 class ChatChoice(BaseModel):
@@ -51,7 +87,7 @@ class ChatChoice(BaseModel):
 
     index: int
     message: MessageOut
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"]
 
 
@@ -71,7 +107,7 @@ class TextChoice(BaseModel):
 
     index: int
     text: str
-    logprobs: None
+    logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
-
 from ernietune.errors import RequestError
 from ernietune.infer.engine import Engine
-from ernietune.infer.request import ContextLengthError, Delta, Request, SamplingParams
+from ernietune.infer.request import Delta, Request, SamplingParams
 from ernietune.serve.answer import model_card
 from ernietune.serve.metrics import Metrics
 from ernietune.serve.options import Settings
@@ -21,7 +19,6 @@ from ernietune.serve.protocol import ChatRequest, SamplingFields
 from ernietune.serve.stream import in_thread
 from ernietune.text.messages import parse_conversation
 from ernietune.text.parse import OutputParser, tail_of
-from ernietune.text.positions import positions_3d
 
 _WAITING_REQUESTS = 64  # threads that wait for their turn or generate
 
@@ -39,34 +36,23 @@ class Service:
     def settle(self, body: SamplingFields) -> SamplingParams:
         """Check a request and read its sampling settings; RequestError for what cannot be done."""
         body.check(self.settings.model_name if self.settings.strict_model_name else None)
-        return body.sampling(None if self._seeds is None else self._seeds.getrandbits(62))
+        seed = None if self._seeds is None else self._seeds.getrandbits(62)
+        return body.sampling(seed, self.engine.bad_words(body.bad_words or ()))
 
-    def prepare_chat(self, body: ChatRequest) -> tuple[Request, OutputParser]:
-        """The prompt of a chat and the parser of its answer; opens pictures, so it may block."""
+    def prepare_chat(self, body: ChatRequest) -> tuple[Request, Callable[[], OutputParser]]:
+        """The prompt of a chat and what makes the parsers of its answers; opens pictures, so it may block."""
         conversation = parse_conversation(body.record(), "request")
         check_count(conversation, self.settings.max_images)
         opener = picture_opener(self.settings.media_folder)
         request = self.engine.prepare(conversation, opener, **body.template_options())
         tail = tail_of(request.ids.tolist(), self.engine.tokenizer)
-        return request, self.settings.parsers.open(tail, with_tools=body.uses_tools)
+        return request, lambda: self.settings.parsers.open(tail, with_tools=body.uses_tools)
 
     def prepare_text(self, prompt: str | list[int]) -> Request:
-        """A prompt without a chat format; RequestError for one that is empty, too long or no text."""
-        ids = self.engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        if not ids:
-            raise RequestError("prompt is empty; at least one token is needed")
-        if len(ids) >= self.engine.max_length:
-            raise ContextLengthError(
-                f"the prompt has {len(ids)} tokens but the context holds {self.engine.max_length}, "
-                "the answer included; shorten the prompt or serve with a larger maximum length"
-            )
-        self.check_ids(ids)
-        pictures = self.engine.model.config.vision_token_ids if self.engine.reads_pictures else ()
-        if not set(pictures).isdisjoint(ids):
-            raise RequestError("the prompt has picture tokens; send pictures to /v1/chat/completions")
-        count = len(ids)
-        is_vision = np.zeros(count, np.bool_) if self.engine.reads_pictures else None
-        return Request(np.array(ids, np.int64), positions_3d(count, [], ()), is_vision)
+        """A prompt without a chat format; RequestError for one that is empty or no text."""
+        return self.engine.prepare_ids(
+            self.engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        )
 
     def check_ids(self, ids: list[int]) -> None:
         """RequestError for token ids that the vocabulary does not have."""

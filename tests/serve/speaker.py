@@ -6,12 +6,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import uvicorn
 
-from ernietune.infer.request import ContextLengthError, Delta, Request
+from ernietune.errors import RequestError
+from ernietune.infer.core import Stats
+from ernietune.infer.request import ContextLengthError, Delta, Request, TokenLogprob
 from ernietune.media.image import ImageLimits, open_image
 from ernietune.serve.api import create_app, listen
 from ernietune.serve.options import Settings
@@ -55,14 +58,47 @@ class Speaker:
             raise ContextLengthError(f"the prompt has {len(text)} tokens; that is too long")
         return Request(np.array(self.tokenizer.encode(text)), np.zeros((len(text), 3), np.int64))
 
+    def prepare_ids(self, ids):
+        if not ids or max(ids) >= self.tokenizer.vocab_size:
+            raise RequestError("a prompt needs at least one token id of the vocabulary")
+        if len(ids) >= self.max_length:
+            raise ContextLengthError(f"the prompt has {len(ids)} tokens")
+        if self.reads_pictures and 5 in ids:
+            raise RequestError("the prompt has picture placeholders")
+        return Request(np.array(ids), np.zeros((len(ids), 3), np.int64))
+
+    def bad_words(self, words):
+        return tuple(tuple(self.tokenizer.encode(word)) for word in words)
+
+    def stats(self):
+        return Stats(0, 0, 10, 5, 0, 0, 0, 3, 8, 4)
+
     def stream(self, request, params):
         room = self.max_length - len(request.ids)
         if (params.max_tokens or room) > room:
             raise ContextLengthError(f"at most {room} tokens can be generated")
         self.params.append(params)
-        return self._speak(params.max_tokens or room)
+        return self._choices(request, params, room if params.max_tokens is None else params.max_tokens)
+
+    def _choices(self, request, params, budget):
+        scored = None if params.prompt_logprobs is None else self._scored(request.ids, params.prompt_logprobs)
+        for index in range(params.n):
+            first = {"prompt_logprobs": scored, "cached_tokens": 1} if index == 0 else {}
+            for delta in self._speak(budget):
+                logprobs = () if params.logprobs is None else self._scored(delta.ids, params.logprobs)
+                yield replace(delta, index=index, logprobs=logprobs, **first)
+                first = {}
+
+    def _scored(self, ids, top):
+        """The probability of a token is 1 / its id."""
+        return tuple(
+            TokenLogprob(int(id), -float(id), ((int(id), -float(id)), (63, -1e4))[:top]) for id in ids
+        )
 
     def _speak(self, budget):
+        if budget == 0:
+            yield Delta("", (), "length")
+            return
         done = False
         try:
             for count, char in enumerate(self.script, 1):

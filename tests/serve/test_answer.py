@@ -22,7 +22,7 @@ def steps(text: str, name: str, size: int, reason: str = "stop", one_call: bool 
     async def run() -> list[Step]:
         rules = PARSERS[name]
         parser = OutputParser(rules, rules if rules.tools else None)
-        return [step async for step in parsed(deltas(), parser, one_call)]
+        return [step async for step in parsed(deltas(), [parser], one_call)]
 
     return asyncio.run(run())
 

@@ -22,15 +22,15 @@ def test_the_flags_of_peers_are_told_from_our_own() -> None:
     own, foreign = split_foreign(FASTDEPLOY.split())
     assert own == [
         *("M", "--port", "8180", "--metrics-port", "8181", "--max-model-len", "32768"),
-        *("--reasoning-parser", "ernie-45-vl"),
+        *("--reasoning-parser", "ernie-45-vl", "--max-num-seqs", "32"),
     ]
     assert foreign == [
-        *("--engine-worker-queue-port", "--enable-mm", "--max-num-seqs", "--cache-queue-port"),
+        *("--engine-worker-queue-port", "--enable-mm", "--cache-queue-port"),
         "--tensor-parallel-size",
     ]
     own, foreign = split_foreign(VLLM.split())
-    assert own == ["M", "--reasoning-parser", "ernie45"]
-    assert foreign == ["--enable-auto-tool-choice", "--max-num-seqs", "--enable-chunked-prefill"]
+    assert own == ["M", "--reasoning-parser", "ernie45", "--max-num-seqs=4"]
+    assert foreign == ["--enable-auto-tool-choice", "--enable-chunked-prefill"]
 
 
 def test_they_are_explained_in_one_line() -> None:

@@ -191,7 +191,12 @@ def test_completions_of_a_text(peer: openai.OpenAI, speaker: Speaker) -> None:
     whole = peer.completions.create(model="x", prompt="Once", max_tokens=7)
     assert whole.id.startswith("cmpl-")
     assert (whole.choices[0].text, whole.choices[0].finish_reason) == ("<think>", "length")
-    assert usage(whole.usage) == {"prompt_tokens": 4, "completion_tokens": 7, "total_tokens": 11}
+    assert usage(whole.usage) == {
+        "prompt_tokens": 4,
+        "completion_tokens": 7,
+        "total_tokens": 11,
+        "prompt_tokens_details": {"cached_tokens": 1},
+    }
     chunks = list(peer.completions.create(model="x", prompt="Once", stream=True, stream_options=USAGE))
     assert "".join(c.choices[0].text for c in chunks if c.choices) == "<think>raw"
     assert chunks[-1].usage.completion_tokens == len("<think>raw") + 1
@@ -296,3 +301,75 @@ def test_strict_names_and_keys() -> None:
         first, second = speaker.params
         assert first.seed is not None
         assert first.seed != second.seed
+
+
+def test_more_sampling_fields_reach_the_engine(ask, speaker: Speaker) -> None:
+    body = {"min_p": 0.1, "min_tokens": 2, "repetition_penalty": 1.5, "bad_words": ["no"]}
+    body |= {"allowed_token_ids": [65, 66], "include_stop_str_in_output": True}
+    ask("abc", presence_penalty=0.5, frequency_penalty=-0.5, logit_bias={"65": 7}, extra_body=body)
+    params = speaker.params[-1]
+    assert (params.min_p, params.min_tokens, params.repetition_penalty) == (0.1, 2, 1.5)
+    assert (params.presence_penalty, params.frequency_penalty) == (0.5, -0.5)
+    assert (params.logit_bias, params.allowed_ids, params.include_stop) == (((65, 7.0),), (65, 66), True)
+    assert params.bad_words == ((110, 111),)
+
+
+def test_several_choices(peer: openai.OpenAI, speaker: Speaker) -> None:
+    speaker.script = "Hm.</think>Yes."
+    whole = peer.chat.completions.create(model="x", messages=ASK, n=3)
+    assert [(c.index, c.message.content, c.finish_reason) for c in whole.choices] == [
+        (index, "Yes.", "stop") for index in range(3)
+    ]
+    assert whole.usage.completion_tokens == 3 * (len(speaker.script) + 1)
+    texts, reasons = [""] * 3, []
+    for chunk in peer.chat.completions.create(model="x", messages=ASK, n=3, stream=True):
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.delta.content or ""
+        reasons += [choice.index] * (choice.finish_reason is not None)
+    assert (texts, sorted(reasons)) == (["Yes."] * 3, [0, 1, 2])
+    several = peer.completions.create(model="x", prompt=["a", "b"], n=2)
+    assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
+
+
+def test_log_probabilities_of_a_chat(peer: openai.OpenAI, speaker: Speaker) -> None:
+    speaker.script = "a</think>é"
+    fields = {"model": "x", "messages": ASK, "logprobs": True, "top_logprobs": 2}
+    entries = peer.chat.completions.create(**fields).choices[0].logprobs.content
+    assert [entry.token for entry in entries[:-1]] == list(speaker.script)
+    last = entries[-2]
+    assert (last.token, last.logprob, last.bytes) == ("é", -233.0, [195, 169])
+    assert [(top.token, top.logprob) for top in last.top_logprobs] == [("é", -233.0), ("?", -1e4)]
+    streamed = [
+        entry
+        for chunk in peer.chat.completions.create(**fields, stream=True)
+        for entry in chunk.choices[0].logprobs.content
+    ]
+    assert streamed == entries
+    only = peer.chat.completions.create(model="x", messages=ASK, logprobs=True).choices[0].logprobs.content
+    assert only[0].top_logprobs == []
+
+
+def test_scoring_a_prompt(peer: openai.OpenAI, speaker: Speaker) -> None:
+    """What evaluation harnesses ask for: echo, one token, log-probabilities, prompts as token ids."""
+    speaker.script = "yes"
+    prompts = [[65, 66, 67], [68, 69]]
+    fields = {"model": "x", "prompt": prompts, "echo": True, "logprobs": 1, "max_tokens": 1}
+    first, second = peer.completions.create(**fields).choices
+    assert (first.text, second.text) == ("ABCy", "DEy")
+    assert first.logprobs.tokens == ["A", "B", "C", "y"]
+    assert first.logprobs.token_logprobs == [-65.0, -66.0, -67.0, -121.0]
+    assert first.logprobs.top_logprobs[1] == {"B": -66.0}
+    assert first.logprobs.text_offset == [0, 1, 2, 3]
+    joined_tokens, text = [], ""
+    for chunk in peer.completions.create(**{**fields, "prompt": prompts[0]}, stream=True):
+        joined_tokens += chunk.choices[0].logprobs.tokens
+        text += chunk.choices[0].text
+    assert (joined_tokens, text) == (first.logprobs.tokens, first.text)
+    nothing = peer.completions.create(model="x", prompt="AB", echo=True, max_tokens=0).choices[0]
+    assert (nothing.text, nothing.logprobs, nothing.finish_reason) == ("AB", None, "length")
+
+
+def test_the_engine_tells_of_its_cache(url: str) -> None:
+    told = samples(httpx.get(f"{url}/metrics").text)
+    assert told['ernietune:kv_cache_usage_perc{model_name="tiny"}'] == 0.5
+    assert told['ernietune:prefix_cache_hits{model_name="tiny"}'] == 4
