@@ -11,6 +11,7 @@ from pydantic import (
     Field,
     ValidationError,
     ValidatorFunctionWrapHandler,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -65,6 +66,29 @@ _RESERVED_OPTIONS = {
     "self",
     "train_all_turns",
 }
+
+
+_NULLABLE_TEXT = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+# `text.messages` checks messages, as it checks training data, and names what is wrong; this describes them.
+_Message = Annotated[
+    dict[str, Any],
+    WithJsonSchema(
+        {
+            "type": "object",
+            "required": ["role"],
+            "properties": {
+                "role": {"enum": ["system", "user", "assistant", "tool"]},
+                "content": {
+                    "anyOf": [*_NULLABLE_TEXT["anyOf"], {"type": "array", "items": {"type": "object"}}]
+                },
+                "reasoning_content": _NULLABLE_TEXT,
+                "tool_calls": {"type": "array", "items": {"type": "object"}},
+                "tool_call_id": {"type": "string"},
+                "name": {"type": "string"},
+            },
+        }
+    ),
+]
 
 
 class UnsupportedField(RequestError):
@@ -200,7 +224,7 @@ def _biases(given: dict[str, float]) -> tuple[tuple[int, float], ...]:
 class ChatRequest(SamplingFields):
     """The body of POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: list[_Message] = Field(min_length=1)
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -299,7 +323,7 @@ class TokenizeRequest(RequestBody):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: list[_Message] | None = None
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool = False

@@ -166,6 +166,8 @@ def test_answers_are_as_the_openapi_document_says(http: TestClient) -> None:
         assert "$ref" in route["responses"]["200"]["content"]["application/json"]["schema"]
         assert route["responses"]["4XX"]["content"]["application/json"]["schema"]["$ref"].endswith("ErrorOut")
         assert "422" not in route["responses"]
+    properties = document["components"]["schemas"]["ChatRequest"]["properties"]
+    assert "assistant" in properties["messages"]["items"]["properties"]["role"]["enum"]
     for path, body, schema in [
         (CHAT, chat(), schemas.ChatCompletion),
         (TEXT, text(), schemas.TextCompletion),
