@@ -68,6 +68,7 @@ _RESERVED_OPTIONS = {
 }
 
 
+_OBJECTS = {"type": "array", "items": {"type": "object"}}
 _NULLABLE_TEXT = {"anyOf": [{"type": "string"}, {"type": "null"}]}
 # `text.messages` checks messages, as it checks training data, and names what is wrong; this describes them.
 _Message = Annotated[
@@ -82,7 +83,7 @@ _Message = Annotated[
                     "anyOf": [*_NULLABLE_TEXT["anyOf"], {"type": "array", "items": {"type": "object"}}]
                 },
                 "reasoning_content": _NULLABLE_TEXT,
-                "tool_calls": {"type": "array", "items": {"type": "object"}},
+                "tool_calls": _OBJECTS,
                 "tool_call_id": {"type": "string"},
                 "name": {"type": "string"},
             },
