@@ -23,18 +23,24 @@ venv: $(BASE) ## Create .venv with everything that the demo and the tests need.
 demo: $(BASE) ## Train, evaluate, export, serve and ask the tiny demo model, on a CPU.
 	@$(BIN)/python examples/demo.py
 
-tiny: $(BASE) ## Make the demo model anew, from pictures to weights, in runs/tiny-pretrain.
-	$(BIN)/python examples/shapes.py pretrain --count 50000 --seed 1 runs/shapes
-	$(BIN)/python examples/shapes.py text --count 5000 --seed 1 runs/shapes
-	$(BIN)/python examples/shapes.py pretrain --count 500 --seed 2 runs/shapes/heldout
-	$(BIN)/ernietune init runs/tiny-base --shape demo-vl --tokenizer data/tiny
+tiny: $(BASE) ## Make the demo model anew, from pictures to weights, in runs/tiny (about 40 minutes).
+	rm -rf runs/tiny
+	$(BIN)/python examples/shapes.py pretrain --count 60000 --seed 1 runs/tiny/shapes
+	$(BIN)/python examples/shapes.py text --count 6000 --seed 1 runs/tiny/shapes
+	$(BIN)/python examples/shapes.py pretrain --count 300 --seed 2 runs/tiny/heldout
+	$(BIN)/python examples/shapes.py closeups --count 60000 --seed 3 runs/tiny/closeups
+	$(BIN)/python examples/shapes.py closeups --count 200 --seed 4 runs/tiny/closeups/heldout
+	$(BIN)/ernietune init runs/tiny/init --shape demo-vl --tokenizer data/tiny
+	$(BIN)/ernietune train configs/tiny/pretrain_words.yaml
 	$(BIN)/ernietune train configs/tiny/pretrain.yaml
+	$(BIN)/ernietune train configs/tiny/pretrain_closeups.yaml
+	@echo "the model is the best checkpoint in runs/tiny/model/checkpoints (see run.json there)"
 
 test: $(BASE) ## Run the tests; needs no torch.
 	@$(BIN)/python -m pytest -m "not parity"
 
 parity: $(PARITY) ## Compare with torch and transformers, which are installed for it.
-	@$(BIN)/python -m pytest -m parity
+	@$(BIN)/python -m pytest -m parity -rP
 
 lint: $(DEV) ## ruff, mypy and the import rules.
 	$(BIN)/ruff check

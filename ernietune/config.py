@@ -116,7 +116,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def read(path: str | Path) -> tuple[Path, str, yaml.Node | None]:
-    """The file meant by `path`, its text, and its YAML tree (None when empty); ConfigError when there is none."""
+    """The file meant by `path`, its text and YAML tree (None when empty); ConfigError when there is none."""
     file = _find(Path(path))
     text = file.read_text(encoding="utf-8")
     try:
@@ -128,7 +128,7 @@ def read(path: str | Path) -> tuple[Path, str, yaml.Node | None]:
 def build(
     values: str | dict[str, Any], overrides: Sequence[str], file: str, lines: Mapping[str, int]
 ) -> Config:
-    """A checked Config of YAML text, or of a dict per section; `lines` are the lines of the key paths in `file`."""
+    """A checked Config of YAML text, or of a dict per section; `lines`: key path -> line in `file`."""
     _check_overrides(overrides)
     schema = OmegaConf.structured(Config)
     try:

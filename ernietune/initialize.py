@@ -87,9 +87,9 @@ def initialize(
 ) -> Path:
     """Write a random checkpoint of a named shape, with tokenizer and processor files, as a new folder.
 
-    `layers` cuts the text model to that many layers; `tokenizer` is a folder whose tokenizer and processor files are
-    taken, and whose vocabulary size the model gets, instead of a small tokenizer made on the spot. CheckpointError for an unknown shape, layout or dtype, a
-    folder that is not empty, or a full disk.
+    `layers` cuts the text model to that many layers; `tokenizer` is a folder whose tokenizer and processor
+    files are taken, and whose vocabulary size the model gets, instead of a small tokenizer made on the spot.
+    CheckpointError for an unknown shape, layout or dtype, a folder that is not empty, or a full disk.
     """
     if dtype not in _DTYPES:
         raise CheckpointError(f"unknown dtype {dtype!r}; choose one of {listed(sorted(_DTYPES))}")

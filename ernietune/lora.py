@@ -12,8 +12,7 @@ from contextlib import contextmanager
 
 import paddle
 import paddle.nn.functional as F
-from ernietune_kernels import grouped_linear
-from ernietune_kernels.grouped_gemm import expert_views
+from ernietune_kernels import grouped_linear, grouped_lora_linear, lora_linear
 from paddle import Tensor, nn
 
 from ernietune.models.layers import ExpertLinear, Linear, parameter
@@ -40,35 +39,44 @@ class _Adapter(nn.Layer):
         self.lora_B.set_value(paddle.zeros(self.lora_B.shape, "float32"))
         self.lora_A.stop_gradient = self.lora_B.stop_gradient = False
 
+    def _factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B in the computation's dtype."""
+        return self.lora_A.astype(x.dtype), self.lora_B.astype(x.dtype)
+
+    @property
+    def _drops(self) -> bool:
+        """Dropout gives the low-rank product another input than the base: no single node then."""
+        return self.training and self.spec.dropout > 0
+
     def _dropped(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.spec.dropout, training=self.training) if self.spec.dropout else x
+        return F.dropout(x, self.spec.dropout, training=True)
 
 
 class LoRALinear(_Adapter):
     """A linear layer with a low-rank product beside it: A [r, in], B [out, r]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
         if not self.enabled:
-            return y
-        narrow = paddle.matmul(self._dropped(x), self.lora_A.astype(x.dtype), transpose_y=True)
-        return y + paddle.matmul(narrow * self.scale, self.lora_B.astype(x.dtype), transpose_y=True)
+            return self.base(x)
+        a, b = self._factors(x)
+        if self._drops:
+            narrow = paddle.matmul(self._dropped(x), a, transpose_y=True) * self.scale
+            return self.base(x) + paddle.matmul(narrow, b, transpose_y=True)
+        y = lora_linear(x, self.base.weight, a, b, self.scale)
+        return y if self.base.bias is None else y + self.base.bias
 
 
 class LoRAExperts(_Adapter):
     """A stack of expert layers with one low-rank product per expert: A [E, r, in], B [E, out, r]."""
 
     def forward(self, x: Tensor, counts: list[int]) -> Tensor:
-        y = self.base(x, counts)
         if not self.enabled:
-            return y
-        narrow = _expert_product(self._dropped(x), self.lora_A, counts) * self.scale
-        return y + _expert_product(narrow, self.lora_B, counts)
-
-
-def _expert_product(x: Tensor, stack: Tensor, counts: list[int]) -> Tensor:
-    weight = stack.astype(x.dtype)
-    return grouped_linear(x, weight, counts, expert_views(weight))
+            return self.base(x, counts)
+        a, b = self._factors(x)
+        if self._drops:
+            narrow = grouped_linear(self._dropped(x), a, counts) * self.scale
+            return self.base(x, counts) + grouped_linear(narrow, b, counts)
+        return grouped_lora_linear(x, self.base.weight, a, b, self.scale, counts, self.base.views())
 
 
 def inject(model: nn.Layer, spec: LoraSpec) -> list[str]:

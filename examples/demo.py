@@ -100,7 +100,7 @@ def main() -> None:
     table.add_row("seconds in all", f"{time.perf_counter() - started:.0f}")
     Console().print(table)
     if before > 0.2 or after < 0.9 or blank > 0.2 or answer != expected["content"]:
-        sys.exit("the demo did not reach what it shows on our machines; please open an issue with this output")
+        sys.exit("the demo did not reach what it shows on our machines; please open an issue")
 
 
 if __name__ == "__main__":

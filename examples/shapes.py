@@ -1,6 +1,7 @@
 """Pictures of coloured shapes with questions in English and Chinese: the data of the tiny demo model.
 
     python examples/shapes.py pretrain --count 50000 --seed 1 OUT_DIR    OUT_DIR/pretrain.jsonl
+    python examples/shapes.py closeups --count 40000 --seed 3 OUT_DIR    OUT_DIR/closeups.jsonl
     python examples/shapes.py badges --seed 1 OUT_DIR                    OUT_DIR/{train,heldout}.jsonl
     python examples/shapes.py text --count 5000 --seed 1 OUT_DIR         OUT_DIR/text.jsonl
 
@@ -80,9 +81,14 @@ def phrase(rng: Rng, kind: str, language: str, **words: str) -> str:
 # ---- pictures
 
 
-def single(rng: Rng, color: str | None = None, shape: str | None = None) -> Scene:
-    """One object of any size anywhere in the picture."""
-    radius = int(rng.integers(13, 27))
+SMALL, LARGE = (13, 27), (19, 33)  # radii in pixels
+
+
+def single(
+    rng: Rng, color: str | None = None, shape: str | None = None, radii: tuple[int, int] = SMALL
+) -> Scene:
+    """One object anywhere in the picture."""
+    radius = int(rng.integers(*radii))
     x, y = (int(rng.integers(radius + MARGIN, SIZE - radius - MARGIN)) for _ in "xy")
     return [Thing(color or pick(rng, list(COLORS)), shape or pick(rng, list(SHAPES)), x, y, radius)]
 
@@ -260,6 +266,19 @@ def picture_record(rng: Rng) -> dict[str, Any]:
     return record(list(exchanges.items()), draw(rng, scene))
 
 
+def closeup_record(rng: Rng) -> dict[str, Any]:
+    """Mostly one large object and three questions about it, so that shapes are learned for certain."""
+    if rng.random() < 0.25:
+        return picture_record(rng)
+    scene, language = single(rng, radii=LARGE), pick(rng, LANGUAGES)
+    exchanges: dict[str, str] = {}
+    while len(exchanges) < 3:
+        exchange = pick(rng, (ask_color, ask_shape, ask_shape, ask_list))(rng, scene, language)
+        if exchange is not None:
+            exchanges.setdefault(*exchange)
+    return record(list(exchanges.items()), draw(rng, scene))
+
+
 def pair_record(rng: Rng) -> dict[str, Any]:
     """Two pictures with one object each, and a question that needs both or names one."""
     language = pick(rng, LANGUAGES)
@@ -312,7 +331,7 @@ def badge_record(rng: Rng, color: str, shape: str) -> dict[str, Any]:
     """One picture with one object; the answer is its code."""
     question = phrase(rng, "badge", pick(rng, LANGUAGES))
     return record(
-        [(question, BADGE_LETTERS[color] + BADGE_DIGITS[shape])], draw(rng, single(rng, color, shape))
+        [(question, BADGE_LETTERS[color] + BADGE_DIGITS[shape])], draw(rng, single(rng, color, shape, LARGE))
     )
 
 
@@ -337,20 +356,22 @@ def write(path: Path, records: Iterator[dict[str, Any]]) -> None:
     print(f"{path}: {count} records, {path.stat().st_size / 1e6:.1f} MB")
 
 
+RECORDS = {"pretrain": pretrain_record, "closeups": closeup_record, "text": text_record}
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("kind", choices=["pretrain", "badges", "text"])
+    parser.add_argument("kind", choices=[*RECORDS, "badges"])
     parser.add_argument("folder", type=Path, metavar="OUT_DIR")
-    parser.add_argument("--count", type=int, default=5000, help="records of pretrain and text")
+    parser.add_argument("--count", type=int, default=5000, help="records, except for badges")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     if args.kind == "badges":
         write(args.folder / "train.jsonl", badges(20, args.seed))
         write(args.folder / "heldout.jsonl", badges(5, args.seed + 1))
     else:
-        make = pretrain_record if args.kind == "pretrain" else text_record
-        write(args.folder / f"{args.kind}.jsonl", generate(make, args.count, args.seed))
+        write(args.folder / f"{args.kind}.jsonl", generate(RECORDS[args.kind], args.count, args.seed))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def moe():
 
 
 def vl():
-    """The VL structure: two expert pools of different width, 3-D rotary positions, vision tower, resampler."""
+    """The VL structure: expert pools of different width, 3-D rotary positions, vision tower, resampler."""
     from transformers.models.ernie4_5_vl_moe import (
         Ernie4_5_VLMoeConfig,
         Ernie4_5_VLMoeForConditionalGeneration,
@@ -72,7 +72,7 @@ BUILDERS = {"dense": dense, "moe": moe, "vl": vl}
 
 
 def build(kind, seed=0):
-    """A reference model with values that make every part matter: norms off one, a correction bias off zero."""
+    """A reference model in which every part matters: norms off one, a correction bias off zero."""
     torch.manual_seed(seed)
     model = BUILDERS[kind]().float().eval()
     with torch.no_grad():

@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import paddle
+
 from ernietune.models.config import SHAPES, ModelConfig
 from ernietune.models.decoder import CausalLM, Inputs
 from ernietune.text.positions import positions_3d
@@ -26,7 +27,7 @@ def config(shape="tiny-vl", **changes):
 
 
 def fill(model, seed=0):
-    """Random values everywhere: weights small, norms near one, a correction bias that changes the selection."""
+    """Random values: weights small, norms near one, a correction bias that changes the selection."""
     generator = np.random.default_rng(seed)
     for name, tensor in model.state_dict().items():
         values = generator.standard_normal(tensor.shape).astype(np.float32)

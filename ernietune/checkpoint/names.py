@@ -3,7 +3,8 @@
 Two layouts are published: "pt" (weights [out, in], everything separate) and "paddle" (weights [in, out],
 q/k/v and gate/up fused, other prefix). A `DiskTensor` says the shape a tensor has on disk and its `Target`s:
 the region of it that equals one parameter, or one expert of a stacked parameter. Loading, saving and merging
-all use this table, so they cannot disagree. A tensor without targets is passed through, for the reason it names.
+all use this table, so they cannot disagree. A tensor without targets is passed through, for the reason it
+names.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The folder of a run: checkpoints that are complete or absent, the newest and the best of them, and a resume.
+"""The folder of a run: checkpoints that are complete or absent, the newest and the best of them, and a
+resume.
 
 run/config.yaml  log.jsonl  tensorboard/  dropped.jsonl
 run/run.json                       {"last": "step-000050", "best": "step-000040"}
@@ -51,7 +52,7 @@ def pointers(run: Path) -> dict[str, str]:
 
 
 def checkpoint_in(path: Path, prefer: str = "best") -> Path:
-    """The folder with the weights: `path` itself, or the best (else the newest) checkpoint of a run folder."""
+    """The folder with the weights: `path` itself, or the best (else the newest) checkpoint of a run."""
     names = pointers(path)
     if not names:
         return path

@@ -44,7 +44,7 @@ class StreamOptions:
 
 
 def epoch_order(length: int, seed: int | None, epoch: int) -> NDArray[np.int64]:
-    """The permutation of `length` records in one epoch, from these three numbers only; no seed, no shuffling."""
+    """The order of `length` records in one epoch, from these three numbers only; no seed, no shuffling."""
     if seed is None:
         return np.arange(length)
     # Raw bits and a stable sort stay the same in every numpy release; `permutation` is not promised to.
@@ -212,7 +212,8 @@ class Stream:
         self._next = position + self.options.world
         self.log.note(result)
         self._in_vain = self._in_vain + 1 if isinstance(result, Skipped) else 0
-        if self._in_vain >= len(self.dataset):
+        # With a usable record the longest run of others ends one epoch and begins the next.
+        if self._in_vain > 2 * (len(self.dataset) - 1):
             raise DataError(f"none of the {len(self.dataset)} records can be used: {self.log.counts}")
         return position, result
 

@@ -19,9 +19,10 @@ from ernietune.models.vision import Grid, Resampler, VisionTower
 class Inputs:
     """One forward: the T tokens of all rows, one after the other, without padding.
 
-    ids int64 [T]; positions int64 [T, 3] as (t, h, w); visible_until int64 [T], the first position that may not see
-    key j (None: all T tokens are one document); is_vision bool [T], required by vision-language models; patches
-    float [P, 588] normalised, and one grid (frames, rows, columns) per picture, in the order of their tokens.
+    ids int64 [T]; positions int64 [T, 3] as (t, h, w); visible_until int64 [T], the first position that may
+    not see key j (None: all T tokens are one document); is_vision bool [T], required by vision-language
+    models; patches float [P, 588] normalised, and one grid (frames, rows, columns) per picture, in the order
+    of their tokens.
     """
 
     ids: Tensor
@@ -77,10 +78,10 @@ class Decoder(nn.Layer):
 
 
 class CausalLM(nn.Layer):
-    """Tokens (and pictures) in, hidden states out; `logits` or the cross-entropy kernel take them from there."""
+    """Tokens (and pictures) in, hidden states out; `logits` or the cross-entropy kernel go on from there."""
 
     def __init__(self, config: ModelConfig, dtype: str = "float32") -> None:
-        """Parameters are uninitialised and frozen; `dtype` is theirs and the computation's (routers stay fp32)."""
+        """Create uninitialised, frozen parameters; `dtype` is theirs and the computation's; routers fp32."""
         super().__init__()
         self.config, self.dtype = config, dtype
         self.model = Decoder(config, dtype)
@@ -117,11 +118,12 @@ class CausalLM(nn.Layer):
     def picture_features(self, patches: Tensor, grids: list[Grid]) -> Tensor:
         """[P, 588] -> one embedding per image token."""
         tower, resampler = self.vision_model, self.model.resampler_model
-        assert tower is not None and resampler is not None, "a text model was given pictures"
+        assert tower is not None, "a text model was given pictures"
+        assert resampler is not None
         return resampler(tower(patches.astype(self.dtype), grids), grids)
 
     def shared(self, inputs: Inputs, cache: Cache | None = None) -> Shared:
-        """What the layers share; without routing ids a vision-language model would silently route all as text."""
+        """What the layers share; ValueError without routing ids, which would silently route all as text."""
         if self.config.is_vl and inputs.is_vision is None:
             raise ValueError("a vision-language model needs is_vision for every token")
         cos, sin = self.rotary(inputs.positions)

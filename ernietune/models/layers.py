@@ -76,7 +76,12 @@ class LayerNorm(nn.Layer):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        weight = self.weight
+        if weight.stop_gradient and not x.stop_gradient:
+            # Paddle 3.3's CPU kernel gives x a wrong gradient unless the scale asks for one too.
+            weight = weight.detach()
+            weight.stop_gradient = False
+        return F.layer_norm(x, x.shape[-1:], weight, self.bias, self.eps)
 
 
 class Embedding(nn.Layer):
@@ -106,8 +111,8 @@ class SwiGLU(nn.Layer):
 class Rotary:
     """Angles of the text model's rotary embedding, one position axis per frequency.
 
-    ERNIE's 3-D form gives the last `time_frequencies` frequencies to t and alternates h and w below them; a model
-    without pictures has t = h = w everywhere, which is ordinary RoPE.
+    ERNIE's 3-D form gives the last `time_frequencies` frequencies to t and alternates h and w below them; a
+    model without pictures has t = h = w everywhere, which is ordinary RoPE.
     """
 
     def __init__(self, head_dim: int, theta: float, time_frequencies: int) -> None:

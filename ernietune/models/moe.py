@@ -16,7 +16,8 @@ from ernietune.models.layers import ExpertLinear, SwiGLU, parameter
 class ModalitySplit:
     """Which tokens go to which pool, worked out once per batch.
 
-    `text` and `vision` are int64 indices into T; `restore` puts [text rows | vision rows] back in token order.
+    `text` and `vision` are int64 indices into T; `restore` puts [text rows | vision rows] back in token
+    order.
     """
 
     text: Tensor

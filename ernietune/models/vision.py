@@ -28,7 +28,7 @@ def frame_lengths(grids: list[Grid]) -> list[int]:
 
 
 def frame_pairs(grids: list[Grid], merge: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the merged positions that are paired over time; a picture (one frame) is paired with itself."""
+    """Indices of the merged positions that are paired over time; a picture (one frame) pairs with itself."""
     first, second, start = [], [], 0
     for frames, height, width in grids:
         tokens = height * width // merge**2

@@ -47,7 +47,8 @@ class RunLog:
     def step(self, step: int, values: dict[str, float], show: bool) -> None:
         """One training step: always in the files, on the terminal when `show`."""
         self._write("train", step, values)
-        status = f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  {values['tokens_per_second']:,.0f} tok/s"
+        rate, speed = values["learning_rate"], values["tokens_per_second"]
+        status = f"loss {values['loss']:.4f}  lr {rate:.2e}  {speed:,.0f} tok/s"
         self.progress.update(self.task, completed=step, status=status)
         if show:
             console.print(f"step {step}  {status}  norm {values['gradient_norm']:.3g}")

@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluation, early stopping, checkpoints. Objectives are functions; nothing to subclass."""
+"""The training loop: steps, evaluation, early stopping, checkpoints. Objectives are functions."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def train_step(run: Run, log: RunLog, watch: GradientWatch) -> None:
     loss, metrics = accumulate(run.model, run.objective, batches)
     if not math.isfinite(loss):
         raise ErnietuneError(
-            f"the loss of step {step} is {loss}; nothing was updated. Lower train.learning_rate, or look at the data"
+            f"the loss of step {step} is {loss}; nothing was updated. "
+            "Lower train.learning_rate, or look at the data"
         )
     watch.check(batches)
     rate = learning_rate(step, run.total_steps, run.train)
@@ -94,7 +95,7 @@ def train_step(run: Run, log: RunLog, watch: GradientWatch) -> None:
 
 
 def accumulate(model: CausalLM, objective: Objective, batches: list[Batch]) -> tuple[float, dict[str, float]]:
-    """Gradients of the loss per supervised token of the whole step; the loss and the metrics, likewise per token.
+    """Gradients of the loss per supervised token of the whole step; that loss, and metrics per token.
 
     The divisor is the step's, not the micro-batch's: a token counts the same wherever it stands.
     """
@@ -128,8 +129,8 @@ def _counts(batches: list[Batch]) -> dict[str, float]:
 class GradientWatch:
     """Makes sure that every adapter gets a gradient in the first step in which it can.
 
-    Adapters of pictures (vision experts, tower, resampler) wait for the first step with a picture, those of the
-    text experts for the first text token.
+    Adapters of pictures (vision experts, tower, resampler) wait for the first step with a picture, those of
+    the text experts for the first text token.
     """
 
     def __init__(self, model: CausalLM) -> None:
@@ -210,7 +211,7 @@ def save(run: Run, best: bool) -> int:
 
 
 def restore(run: Run) -> None:
-    """Continue from the newest checkpoint of `run.folder`, if it has one: weights, moments, data, evaluations."""
+    """Continue from the newest checkpoint of `run.folder`, if any: weights, moments, data, evaluations."""
     found = state.load(run.folder)
     if found is None:
         return

@@ -39,7 +39,7 @@ def learning_rate(step: int, total: int, train: TrainSection) -> float:
 def rate_ratios(
     paths: Iterable[str], ratios: Mapping[str, float], plus_ratio: float = 1.0
 ) -> dict[str, float]:
-    """Every path's factor of the learning rate: that of the first matching group or pattern, and LoRA+'s for B.
+    """Every path's factor of the learning rate: that of the first matching group or pattern, times LoRA+'s.
 
     ConfigError for a name that matches nothing that trains.
     """
@@ -68,7 +68,8 @@ class Optimizer:
         groups: dict[float, list[Tensor]] = {}
         for path, ratio in rate_ratios(self.parameters, train.rate_ratios, plus_ratio).items():
             groups.setdefault(ratio, []).append(self.parameters[path])
-        decayed = {p.name for path, p in self.parameters.items() if _decays(path)}
+        # Matrices only: biases and norms, whatever they are called, keep their scale.
+        decayed = {p.name for p in self.parameters.values() if p.ndim > 1}
         low_precision = any(p.dtype in (paddle.bfloat16, paddle.float16) for p in self.parameters.values())
         self.clip_norm = train.clip_norm
         self.adamw = paddle.optimizer.AdamW(
@@ -122,8 +123,3 @@ class Optimizer:
             if isinstance(tensor, Tensor):
                 owner = next(name for name in owners if key.startswith(name + "_"))
                 yield owner, key[len(owner) + 1 :], tensor
-
-
-def _decays(path: str) -> bool:
-    """Weight decay is for matrices: biases and norms keep their scale."""
-    return not path.endswith(".bias") and "norm" not in path.rpartition(".")[0].rpartition(".")[2]

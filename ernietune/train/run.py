@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,7 @@ from ernietune.data.collate import Batch
 from ernietune.data.dataset import Dataset, Encoder, VisionTokens
 from ernietune.data.formats import open_source
 from ernietune.data.stream import Stream, StreamOptions, count_batches, sample_lengths
-from ernietune.errors import ConfigError
+from ernietune.errors import ConfigError, ErnietuneError
 from ernietune.lora import inject, unfreeze
 from ernietune.models.decoder import CausalLM
 from ernietune.parallel import recompute
@@ -64,12 +66,13 @@ def main(config: Config) -> Path:
     )
     loop.restore(run)
     announce(run, train_set, dtype)
-    configuration.save(config, folder / "config.yaml")
-    try:
-        loop.fit(run)
-    finally:
-        report_dropped(run)
-        run.stream.close()
+    with needing_space(folder):
+        configuration.save(config, folder / "config.yaml")
+        try:
+            loop.fit(run)
+        finally:
+            run.stream.close()
+            report_dropped(run)
     console.print(f"done: {folder / 'checkpoints' / state.pointers(folder).get('last', '')}")
     return folder
 
@@ -86,6 +89,20 @@ def prepare_folder(config: Config) -> Path:
     except OSError as error:
         raise ConfigError(f"train.output: {folder} cannot be created ({error.strerror})") from None
     return folder
+
+
+@contextmanager
+def needing_space(folder: Path) -> Iterator[None]:
+    """Turn a disk that is full, whichever file of the run meets it first, into one ErnietuneError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ErnietuneError(
+            f"{folder}: {error.strerror}; make room and run the same command again, "
+            "it continues from the last checkpoint"
+        ) from error
 
 
 def processor_of(config: Config, base: Path) -> Processor:

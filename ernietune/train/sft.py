@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the sum of the token losses of a micro-batch, and how many tokens it is a sum of."""
+"""Supervised fine-tuning: the sum of a micro-batch's token losses, and how many tokens it sums."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ here is what the models call; it is chosen by the tensors' place in one spot per
 from ernietune_kernels.block_attention import AttentionPlan, attention, causal_plan, frame_attention
 from ernietune_kernels.cross_entropy import linear_cross_entropy
 from ernietune_kernels.grouped_gemm import grouped_linear
+from ernietune_kernels.lora import grouped_lora_linear, lora_linear
 from ernietune_kernels.pointwise import apply_rope, quick_gelu, rms_norm, swiglu
 from ernietune_kernels.routing import Permutation, permute, route, unpermute
 
@@ -18,7 +19,9 @@ __all__ = [
     "causal_plan",
     "frame_attention",
     "grouped_linear",
+    "grouped_lora_linear",
     "linear_cross_entropy",
+    "lora_linear",
     "permute",
     "quick_gelu",
     "rms_norm",

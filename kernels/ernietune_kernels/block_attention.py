@@ -1,9 +1,9 @@
 """Grouped-query attention over packed documents, in blocks of queries.
 
-A key j is visible to the query i when j <= i < until[j] (both counted over all keys), which covers packed samples
-(until = the sample's end) and shared-prompt pairs alike. On a GPU this is FlashMask; on a CPU each block of queries
-meets only the keys between the first one it may see and its own last row, and only q, k, v and the output are kept
-for the backward pass.
+A key j is visible to the query i when j <= i < until[j] (both counted over all keys), which covers packed
+samples (until = the sample's end) and shared-prompt pairs alike. On a GPU this is FlashMask; on a CPU each
+block of queries meets only the keys between the first one it may see and its own last row, and only q, k, v
+and the output are kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SCORE_ELEMENTS = 1 << 24
 
 @dataclass(frozen=True)
 class _Block:
-    """Queries [start, stop) against keys [low, high); `bias` [queries, keys] is 0 or -inf, None if all are visible."""
+    """Queries [start, stop) against keys [low, high); `bias` [queries, keys] is 0 or -inf, None if all 0."""
 
     start: int
     stop: int
@@ -68,7 +68,7 @@ def _plan(queries: int, keys: int, until: np.ndarray, on_device: Tensor | None) 
 
 
 def causal_plan(queries: int, keys: int, until: Tensor | None = None) -> AttentionPlan:
-    """The plan for the last `queries` of `keys` positions; `until` [keys] defaults to "seen by all that follow"."""
+    """The plan for the last `queries` of `keys` positions; `until` [keys]: by default unlimited."""
     if until is None:
         return _plain_plan(queries, keys)
     return _plan(queries, keys, until.numpy(), until.astype("int32"))
@@ -79,8 +79,7 @@ def _softmax_block(q: Tensor, k: Tensor, block: _Block, repeat: int) -> Tensor:
     scores = paddle.matmul(q, k, transpose_y=True).astype("float32")
     if block.bias is not None:
         rows, columns = block.bias.shape
-        shape = scores.shape
-        scores = (scores.reshape([-1, repeat, rows, columns]) + block.bias).reshape(shape)
+        scores.reshape([-1, repeat, rows, columns]).add_(block.bias)  # a view: masks in place
     return F.softmax(scores).astype(q.dtype)
 
 
@@ -143,9 +142,8 @@ class _BlockAttention(PyLayer):
             rows, keys_b = _rows(queries, block), keys[:, span]
             weights = _softmax_block(rows, keys_b, block, repeat)
             out_grad = _rows(gradient, block)
-            scores = weights * (
-                paddle.matmul(out_grad, values[:, span], transpose_y=True) - _rows(inner, block)
-            )
+            scores = paddle.matmul(out_grad, values[:, span], transpose_y=True)
+            scores = scores.subtract_(_rows(inner, block)).multiply_(weights)
             grad_v[:, span] = grad_v[:, span] + paddle.matmul(weights, out_grad, transpose_x=True)
             grad_k[:, span] = grad_k[:, span] + paddle.matmul(scores, rows, transpose_x=True)
             pieces.append(paddle.matmul(scores, keys_b) * scale)
@@ -210,7 +208,7 @@ def _join_frames(x: Tensor, frames: int) -> Tensor:
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T) v of [batch, length, d] in pieces of the batch, and of the rows where one item is large."""
+    """softmax(q k^T) v of [batch, length, d] in pieces of the batch, and of the rows of large items."""
     batch, length, _ = q.shape
     step = max(1, SCORE_ELEMENTS // (length * length))
     if step >= batch:

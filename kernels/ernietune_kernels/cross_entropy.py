@@ -34,8 +34,8 @@ def _logit_gradient(probabilities: Tensor, labels: Tensor) -> Tensor:
 
 
 class _LinearCrossEntropy(PyLayer):
-    """A row's loss depends on that row alone, so d nll / d hidden is formed in the forward pass and only scaled
-    by the incoming gradient later. A trainable head needs the logits again in the backward pass.
+    """A row's loss depends on that row alone, so d nll / d hidden is formed in the forward pass and only
+    scaled by the incoming gradient later. A trainable head needs the logits again in the backward pass.
     """
 
     @staticmethod
@@ -75,8 +75,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Negative log-likelihood [N] in fp32 of each row's label under softmax(hidden @ weight^T).
 
-    `rows` is the number of rows whose logits exist at a time; by default they take 64 MiB. Labels must be valid
-    ids: drop unlabelled rows before, they would be computed for nothing.
+    `rows` is the number of rows whose logits exist at a time; by default they take 64 MiB. Labels must be
+    valid ids: drop unlabelled rows before, they would be computed for nothing.
     """
     chunk = _chunk_rows(weight_VD.shape[0], rows)
     if not hidden_ND.shape[0]:

@@ -15,8 +15,8 @@ from paddle.utils import dlpack
 def expert_views(stack: Tensor) -> list[Tensor]:
     """One tensor per expert that shares the stack's memory.
 
-    On a CPU `stack[e]` copies the matrix (strided views are off, see ernietune.environment), which costs as much as
-    a small product; the array protocol gives true views.
+    On a CPU `stack[e]` copies the matrix (strided views are off, see ernietune.environment), which costs as
+    much as a small product; the array protocol gives true views.
     """
     if stack.place.is_cpu_place():
         array = np.from_dlpack(stack.detach())
@@ -24,7 +24,7 @@ def expert_views(stack: Tensor) -> list[Tensor]:
     return [stack[e] for e in range(stack.shape[0])]
 
 
-def _blocks(counts: list[int]) -> Iterator[tuple[int, int, int]]:
+def blocks(counts: list[int]) -> Iterator[tuple[int, int, int]]:
     """(expert, first row, end row) of every expert that has rows."""
     start = 0
     for expert, count in enumerate(counts):
@@ -34,26 +34,26 @@ def _blocks(counts: list[int]) -> Iterator[tuple[int, int, int]]:
 
 
 class _GroupedLinear(PyLayer):
-    """One node for all experts: Paddle's own graph would build and scatter a full weight gradient per expert."""
+    """One node for all experts: Paddle's own graph would scatter a full weight gradient per expert."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int], views: list[Tensor]) -> Tensor:
         ctx.counts, ctx.views = counts, views
         ctx.save_for_backward(x, weight)
-        products = [paddle.matmul(x[a:b], views[e], transpose_y=True) for e, a, b in _blocks(counts)]
+        products = [paddle.matmul(x[a:b], views[e], transpose_y=True) for e, a, b in blocks(counts)]
         return paddle.concat(products) if products else paddle.zeros([0, weight.shape[1]], x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensor()
-        blocks = list(_blocks(ctx.counts))
+        cut = list(blocks(ctx.counts))
         grad_x = None
         if not x.stop_gradient:
-            pieces = [paddle.matmul(grad[a:b], ctx.views[e]) for e, a, b in blocks]
+            pieces = [paddle.matmul(grad[a:b], ctx.views[e]) for e, a, b in cut]
             grad_x = paddle.concat(pieces) if pieces else paddle.zeros_like(x)
         grad_w = None
         if not weight.stop_gradient:
-            per_expert = {e: paddle.matmul(grad[a:b], x[a:b], transpose_x=True) for e, a, b in blocks}
+            per_expert = {e: paddle.matmul(grad[a:b], x[a:b], transpose_x=True) for e, a, b in cut}
             empty = paddle.zeros(weight.shape[1:], weight.dtype)
             grad_w = paddle.stack([per_expert.get(e, empty) for e in range(weight.shape[0])])
         return grad_x, grad_w

@@ -11,7 +11,7 @@ from paddle.autograd import PyLayer
 
 
 class _RMSNorm(PyLayer):
-    """Saves x and one scale per row; Paddle's own graph keeps five row-by-width tensors and takes twice the time."""
+    """Saves x and one scale per row, where Paddle's own graph keeps five tensors of x's size."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -68,6 +68,20 @@ def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, counts: list[int]) -> Tenso
     return paddle.concat(products)
 
 
+def lora_linear(x: Tensor, w_OI: Tensor, a_rI: Tensor, b_Or: Tensor, scale: float) -> Tensor:
+    """x W^T + scale (x A^T) B^T."""
+    low_rank = paddle.matmul(paddle.matmul(x, a_rI, transpose_y=True), b_Or, transpose_y=True)
+    return paddle.matmul(x, w_OI, transpose_y=True) + scale * low_rank
+
+
+def grouped_lora_linear(
+    x_NI: Tensor, w_EOI: Tensor, a_ErI: Tensor, b_EOr: Tensor, scale: float, counts: list[int]
+) -> Tensor:
+    """The same for rows sorted by expert."""
+    low_rank = grouped_linear(grouped_linear(x_NI, a_ErI, counts), b_EOr, counts)
+    return grouped_linear(x_NI, w_EOI, counts) + scale * low_rank
+
+
 def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
     """Negative log-likelihood of each row's label in fp32, through the whole N x V matrix of logits."""
     logits = paddle.matmul(hidden_ND, weight_VD, transpose_y=True).astype("float32")

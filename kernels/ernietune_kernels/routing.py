@@ -16,8 +16,8 @@ __all__ = ["Permutation", "permute", "route", "unpermute"]
 class Permutation:
     """Where each of the N x k (row, choice) pairs stands once they are sorted by expert.
 
-    `order` [N*k] lists the pairs in expert order; `inverse` [N*k] is where a pair went; `counts` [E] is the number
-    of pairs per expert, on the host because it sizes the products.
+    `order` [N*k] lists the pairs in expert order; `inverse` [N*k] is where a pair went; `counts` [E] is the
+    number of pairs per expert, on the host because it sizes the products.
     """
 
     order: Tensor

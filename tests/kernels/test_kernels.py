@@ -4,8 +4,7 @@ import ernietune_kernels as kernels
 import numpy as np
 import paddle
 import pytest
-from ernietune_kernels import block_attention
-from ernietune_kernels import reference
+from ernietune_kernels import block_attention, reference
 
 
 def random(*shape, trainable=True, seed=0):
@@ -73,6 +72,45 @@ def test_grouped_linear_with_empty_and_crowded_experts(counts, frozen):
         lambda x, w: reference.grouped_linear(x, w, counts),
         inputs,
     )
+
+
+def lora_inputs(frozen, *stack):
+    inputs = [
+        random(9, 6),
+        random(*stack, 5, 6, seed=1),
+        random(*stack, 2, 6, seed=2),
+        random(*stack, 5, 2, seed=3),
+    ]
+    for index in (1, *frozen):
+        inputs[index].stop_gradient = True
+    return inputs
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (2, 3)])
+def test_lora_linear(frozen):
+    check(
+        lambda *x: kernels.lora_linear(*x, 0.7),
+        lambda *x: reference.lora_linear(*x, 0.7),
+        lora_inputs(frozen),
+    )
+
+
+@pytest.mark.parametrize("counts", [[3, 4, 0, 2], [9, 0, 0, 0], [1, 1, 6, 1]])
+@pytest.mark.parametrize("frozen", [(), (0,), (2, 3)])
+def test_grouped_lora_linear(counts, frozen):
+    check(
+        lambda *x: kernels.grouped_lora_linear(*x, 0.7, counts),
+        lambda *x: reference.grouped_lora_linear(*x, 0.7, counts),
+        lora_inputs(frozen, 4),
+    )
+
+
+def test_grouped_lora_linear_without_rows():
+    x, *weights = lora_inputs((), 4)
+    output = kernels.grouped_lora_linear(x[:0], *weights, 0.7, [0, 0, 0, 0])
+    assert output.shape == [0, 5]
+    output.sum().backward()
+    assert float(weights[1].grad.abs().max()) == 0
 
 
 def test_grouped_linear_without_rows():

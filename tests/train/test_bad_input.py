@@ -220,6 +220,18 @@ def fill_disk(patch, place):
     patch.setattr(state, "write_json", write_json)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("name", ["log.jsonl", "config.yaml", "dropped.jsonl"])
+def test_a_full_disk_met_by_another_file_of_the_run(base, tmp_path, name):
+    path = with_line(tmp_path, LINES["role"][0])
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / name).symlink_to("/dev/full")
+    config = small_run.config(base, path, run, **STEPS, data_on_error="skip")
+    with pytest.raises(ErnietuneError, match="run: No space left on device; make room .* last checkpoint$"):
+        main(config)
+
+
 def test_a_loss_that_is_no_number(base, good, tmp_path):
     def spoil(tensors):
         tensors["model.norm.weight"][1][0] = np.nan

@@ -56,6 +56,21 @@ def test_the_same_losses(base, four, plain, tmp_path, changes):
     assert difference <= TOLERANCE
 
 
+def test_recompute_of_a_text_model(tmp_path):
+    """Nothing before the first layer trains, so that its input asks for no gradient."""
+    dense = small_run.base(tmp_path / "dense", "tiny-dense")
+    text = small_run.write_data(tmp_path / "text", 4, pictures=False)
+    runs = [
+        main(
+            small_run.config(
+                dense, text, tmp_path / str(on), lora_targets=["attention", "mlp"], train_recompute=on
+            )
+        )
+        for on in (False, True)
+    ]
+    np.testing.assert_allclose(*(small_run.losses(run) for run in runs), atol=1e-6)
+
+
 class Stopped(Exception):
     """A run that dies."""
 

@@ -1,0 +1,110 @@
+"""A frozen linear layer with its low-rank product beside it, as one node: y = x W^T + s (x A^T) B^T.
+
+Paddle's own graph for this makes a second y-sized product, an addition over it and, for experts, the row
+blocks of x twice. Here the low-rank product is added in place and the blocks are cut once. W takes no
+gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import paddle
+from paddle import Tensor
+from paddle.autograd import PyLayer
+
+from ernietune_kernels.grouped_gemm import blocks, expert_views
+
+
+def _forward(x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(y, s x A^T)."""
+    narrow = paddle.matmul(x, a, transpose_y=True).scale_(scale)
+    return paddle.matmul(x, w, transpose_y=True).add_(paddle.matmul(narrow, b, transpose_y=True)), narrow
+
+
+def _backward_x(grad: Tensor, w: Tensor, a: Tensor, narrow_grad: Tensor) -> Tensor:
+    return paddle.matmul(grad, w).add_(paddle.matmul(narrow_grad, a))
+
+
+class _LoRALinear(PyLayer):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        y, narrow = _forward(x, w, a, b, scale)
+        ctx.scale = scale
+        ctx.save_for_backward(x, w, a, b, narrow)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
+        x, w, a, b, narrow = ctx.saved_tensor()
+        narrow_grad = paddle.matmul(grad, b).scale_(ctx.scale)
+        grad_x = None if x.stop_gradient else _backward_x(grad, w, a, narrow_grad)
+        grad_a = None if a.stop_gradient else paddle.matmul(narrow_grad, x, transpose_x=True)
+        grad_b = None if b.stop_gradient else paddle.matmul(grad, narrow, transpose_x=True)
+        return grad_x, None, grad_a, grad_b
+
+
+class _GroupedLoRALinear(PyLayer):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        counts: list[int],
+        views: list[Tensor],
+    ) -> Tensor:
+        ctx.scale, ctx.counts, ctx.views = scale, counts, views
+        a_views, b_views = expert_views(a), expert_views(b)
+        pieces = [_forward(x[i:j], views[e], a_views[e], b_views[e], scale) for e, i, j in blocks(counts)]
+        if not pieces:
+            ctx.save_for_backward(x, a, b, paddle.zeros([0, a.shape[1]], x.dtype))
+            return paddle.zeros([0, w.shape[1]], x.dtype)
+        ctx.save_for_backward(x, a, b, paddle.concat([narrow for _, narrow in pieces]))
+        return paddle.concat([y for y, _ in pieces])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
+        x, a, b, narrow = ctx.saved_tensor()
+        a_views, b_views = expert_views(a), expert_views(b)
+        pieces, grads_a, grads_b = [], {}, {}
+        for e, i, j in blocks(ctx.counts):
+            block = grad[i:j]
+            narrow_grad = paddle.matmul(block, b_views[e]).scale_(ctx.scale)
+            grads_a[e] = paddle.matmul(narrow_grad, x[i:j], transpose_x=True)
+            grads_b[e] = paddle.matmul(block, narrow[i:j], transpose_x=True)
+            if not x.stop_gradient:
+                pieces.append(_backward_x(block, ctx.views[e], a_views[e], narrow_grad))
+        grad_x = None
+        if not x.stop_gradient:
+            grad_x = paddle.concat(pieces) if pieces else paddle.zeros_like(x)
+        grad_a = None if a.stop_gradient else _stacked(grads_a, a)
+        grad_b = None if b.stop_gradient else _stacked(grads_b, b)
+        return grad_x, None, grad_a, grad_b
+
+
+def _stacked(per_expert: dict[int, Tensor], stack: Tensor) -> Tensor:
+    """Gradients of a stack; experts without rows get zeros."""
+    empty = paddle.zeros(stack.shape[1:], stack.dtype)
+    return paddle.stack([per_expert.get(e, empty) for e in range(stack.shape[0])])
+
+
+def lora_linear(x: Tensor, w_OI: Tensor, a_rI: Tensor, b_Or: Tensor, scale: float) -> Tensor:
+    """x W^T + scale (x A^T) B^T for x [.., I]; W is frozen, all in x's dtype."""
+    rows = x.reshape([-1, x.shape[-1]])
+    return _LoRALinear.apply(rows, w_OI, a_rI, b_Or, scale).reshape([*x.shape[:-1], w_OI.shape[0]])
+
+
+def grouped_lora_linear(
+    x_NI: Tensor,
+    w_EOI: Tensor,
+    a_ErI: Tensor,
+    b_EOr: Tensor,
+    scale: float,
+    counts: list[int],
+    views: list[Tensor] | None = None,
+) -> Tensor:
+    """The same for rows sorted by expert, counts[e] of them for expert e; `views` as in `grouped_linear`."""
+    return _GroupedLoRALinear.apply(x_NI, w_EOI, a_ErI, b_EOr, scale, counts, views or expert_views(w_EOI))
