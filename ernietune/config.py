@@ -66,6 +66,7 @@ class TrainSection:
     """The loop."""
 
     output: str = "???"
+    objective: str = "sft"  # sft, dpo (data.train holds preference pairs)
     steps: int | None = None  # exactly one of steps and epochs
     epochs: int | None = None
     rows: int = 1  # rows in one micro-batch
@@ -95,6 +96,23 @@ class TrainSection:
 
 
 @dataclass
+class DpoSection:
+    """Preference tuning (train.objective: dpo); the formulas are in ernietune/train/dpo.py."""
+
+    loss: str = "sigmoid"  # or hinge, ipo, simpo, orpo, kto_pair, sppo_hard, nca_pair, dpop, robust
+    beta: float = 0.1  # scale of the rewards; orpo has none (its weight is preference_ratio)
+    label_smoothing: float = 0.0  # share of pairs taken to be swapped: sigmoid, simpo, robust
+    offset_alpha: float = 0.0  # sigmoid: demand a margin of alpha * log(score_gap of the record)
+    simpo_gamma: float = 0.5
+    dpop_lambda: float = 50.0
+    preference_ratio: float = 1.0  # weight of the preference loss, a mean over pairs
+    sft_ratio: float = 0.0  # weight of the cross-entropy of the chosen answers, a mean over tokens
+    normalize_logps: bool = False  # scale both answers to their mean length; ipo, simpo, orpo average anyway
+    ignore_eos: bool = False  # leave the end of the turn out of the log-probabilities
+    reference: str = "adapters_off"  # or precomputed (kept in the run folder), none
+
+
+@dataclass
 class Config:
     """All of a run."""
 
@@ -102,6 +120,7 @@ class Config:
     lora: LoraSection = field(default_factory=LoraSection)
     data: DataSection = field(default_factory=DataSection)
     train: TrainSection = field(default_factory=TrainSection)
+    dpo: DpoSection = field(default_factory=DpoSection)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -245,7 +264,17 @@ CHOICES = {
     "data.overlong": ("error", "skip", "truncate"),
     "data.on_error": ("error", "skip"),
     "train.schedule": ("cosine", "linear", "constant"),
+    "train.objective": ("sft", "dpo"),
+    "dpo.loss": (
+        *("sigmoid", "hinge", "ipo", "simpo", "orpo"),
+        *("kto_pair", "sppo_hard", "nca_pair", "dpop", "robust"),
+    ),
+    "dpo.reference": ("adapters_off", "precomputed", "none"),
 }
+# Losses over mean log-probabilities, without a reference by definition, and undefined without one.
+AVERAGED = ("ipo", "simpo", "orpo")
+REFERENCE_FREE = ("simpo", "orpo")
+AGAINST_REFERENCE = ("kto_pair", "sppo_hard", "nca_pair", "dpop")
 AT_LEAST: dict[str, float] = {
     "lora.rank": 1,
     "lora.dropout": 0,
@@ -269,6 +298,12 @@ AT_LEAST: dict[str, float] = {
     "train.eval_every": 1,
     "train.eval_batches": 1,
     "train.patience": 1,
+    "dpo.label_smoothing": 0,
+    "dpo.offset_alpha": 0,
+    "dpo.simpo_gamma": 0,
+    "dpo.dpop_lambda": 0,
+    "dpo.preference_ratio": 0,
+    "dpo.sft_ratio": 0,
 }
 
 
@@ -301,6 +336,10 @@ def _out_of_range(config: Config) -> Iterator[tuple[str, str]]:
     for name, ratio in config.train.rate_ratios.items():
         if ratio < 0:
             yield "train.rate_ratios", f"gives {name} {ratio}; it must be at least 0"
+    if config.dpo.beta <= 0:
+        yield "dpo.beta", f"is {config.dpo.beta}; it must be above 0"
+    if config.dpo.label_smoothing >= 0.5:
+        yield "dpo.label_smoothing", f"is {config.dpo.label_smoothing}; it must be below 0.5"
 
 
 def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
@@ -319,3 +358,28 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "train.eval_every", "or `train.patience` is set, but data.eval names no file"
     if train.patience and not train.eval_every:
         yield "train.patience", "needs train.eval_every"
+    if train.objective == "dpo":
+        yield from _dpo_contradictions(config)
+    elif config.dpo != DpoSection():
+        yield "dpo", "is set, but train.objective is sft; set train.objective: dpo"
+
+
+def _dpo_contradictions(config: Config) -> Iterator[tuple[str, str]]:
+    dpo = config.dpo
+    if config.data.overlong == "truncate":
+        yield "data.overlong", "is truncate, but an answer of a pair is never cut; use error or skip"
+    if dpo.loss in REFERENCE_FREE and dpo.reference != "none":
+        yield "dpo.reference", f"is {dpo.reference}, but {dpo.loss} has no reference; set it to none"
+    if dpo.loss in AGAINST_REFERENCE and dpo.reference == "none":
+        yield (
+            "dpo.reference",
+            f"is none, but {dpo.loss} compares with a reference; use adapters_off or precomputed",
+        )
+    if dpo.reference == "adapters_off" and not config.lora.enabled:
+        yield "dpo.reference", "is adapters_off, but lora.enabled is false; use precomputed or none"
+    if dpo.label_smoothing and dpo.loss not in ("sigmoid", "simpo", "robust"):
+        yield "dpo.label_smoothing", f"has no effect on {dpo.loss}; remove it"
+    if dpo.offset_alpha and dpo.loss != "sigmoid":
+        yield "dpo.offset_alpha", f"has no effect on {dpo.loss}; remove it"
+    if dpo.normalize_logps and dpo.loss in AVERAGED:
+        yield "dpo.normalize_logps", f"has no effect on {dpo.loss}, which averages over tokens; remove it"

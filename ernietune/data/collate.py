@@ -35,6 +35,11 @@ class Batch:
         """How many positions have a target."""
         return int(np.count_nonzero(self.labels != IGNORE))
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """What the terms of a loss are means over, by name."""
+        return {"tokens": self.supervised}
+
 
 def collate(rows: Sequence[Sequence[Sample]]) -> Batch:
     """Concatenate the samples of all rows; each sample's last position has no target."""

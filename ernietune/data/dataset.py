@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,17 @@ from ernietune.text.template import IGNORE, Rendered, Template
 
 PATCH_VALUES = 588  # 3 channels of 14 x 14 pixels
 Overlong = Literal["error", "skip", "truncate"]
-Reason = Literal["malformed", "image", "chat format", "no answer", "nothing trained", "too long"]
+Reason = Literal[
+    "malformed",
+    "image",
+    "chat format",
+    "no answer",
+    "nothing trained",
+    "too long",
+    "equal answers",  # of a preference pair
+    "empty answer",
+]
+S_co = TypeVar("S_co", bound=Sized, covariant=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,25 +212,22 @@ def trained_tokens(rendered: Rendered) -> int:
     return sum(label != IGNORE for label in rendered.labels[1:])
 
 
-class Dataset:
-    """All records of some sources, one after the other, encoded on demand."""
+class Records(Generic[S_co]):
+    """All records of some sources, one after the other, encoded on demand by `encode` of a subclass."""
 
-    def __init__(
-        self, sources: Sequence[Source], encoder: Encoder, on_error: Literal["error", "skip"] = "error"
-    ) -> None:
+    def __init__(self, sources: Sequence[Source], on_error: Literal["error", "skip"] = "error") -> None:
         self.sources = list(sources)
-        self.encoder = encoder
         self.on_error = on_error
         self._ends = np.cumsum([len(source) for source in self.sources], dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self.sources else 0
 
-    def __getitem__(self, index: int) -> Sample | Skipped:
+    def __getitem__(self, index: int) -> S_co | Skipped:
         """Encode record `index`; a bad one raises DataError, or is Skipped under `on_error: skip`."""
         source, row = self.locate(index)
         try:
-            return self._encode(source, row)
+            return self.encode(source, row)
         except BadRecord as error:
             if self.on_error == "error":
                 raise
@@ -234,7 +241,22 @@ class Dataset:
         first = int(self._ends[number - 1]) if number else 0
         return self.sources[number], index - first
 
-    def _encode(self, source: Source, row: int) -> Sample | Skipped:
+    def encode(self, source: Source, row: int) -> S_co | Skipped:
+        """One record of a source; BadRecord when it cannot be used."""
+        raise NotImplementedError
+
+
+class Dataset(Records[Sample]):
+    """Conversations."""
+
+    def __init__(
+        self, sources: Sequence[Source], encoder: Encoder, on_error: Literal["error", "skip"] = "error"
+    ) -> None:
+        super().__init__(sources, on_error)
+        self.encoder = encoder
+
+    def encode(self, source: Source, row: int) -> Sample | Skipped:
+        """One conversation; BadRecord when it cannot be used."""
         where = source.where(row)
         try:
             conversation = to_conversation(source.read(row), where)
@@ -256,10 +278,11 @@ class DropLog:
         """Records dropped, by reason."""
         return dict(Counter(entry.reason for entry in self.dropped.values()))
 
-    def note(self, result: Sample | Skipped) -> None:
+    def note(self, result: object) -> None:
         """Remember a skipped record, a cut one, and one that is trained in part only."""
         if isinstance(result, Skipped):
             self.dropped[result.where] = result
+        if not isinstance(result, Sample):
             return
         if result.cut:
             self.cut[result.where] = result.cut

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import count, islice
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ernietune.data.collate import Batch, collate
-from ernietune.data.dataset import Dataset, DropLog, Sample, Skipped
+from ernietune.data.dataset import DropLog, Records, Skipped
 from ernietune.data.packing import BUFFER, Packer, pack
 from ernietune.errors import DataError
 
 A = TypeVar("A")
 B = TypeVar("B")
+S = TypeVar("S", bound=Sized)
 LOOK_AHEAD = 4  # samples in flight for each worker
 
 
@@ -68,7 +69,7 @@ def ordered_map(function: Callable[[A], B], items: Iterable[A], workers: int) ->
                 future.cancel()
 
 
-def sample_lengths(dataset: Dataset, workers: int = 0) -> NDArray[np.int64]:
+def sample_lengths(dataset: Records[Any], workers: int = 0) -> NDArray[np.int64]:
     """Tokens of every sample, int64 [records], 0 for a skipped record; encodes the whole data set once."""
     results = ordered_map(dataset.__getitem__, range(len(dataset)), workers)
     return np.array([0 if isinstance(result, Skipped) else len(result) for result in results], dtype=np.int64)
@@ -89,8 +90,8 @@ def _epoch_rows(lengths: NDArray[np.int64], options: StreamOptions, epoch: int) 
     return list(pack(sizes, options.max_length, options.buffer if options.packing else 0))
 
 
-class Stream:
-    """Iterator over micro-batches of a data set.
+class Stream(Generic[S]):
+    """Iterator over micro-batches of a data set; `collate` makes one of rows of samples.
 
     Records are numbered through all epochs: position p is record `p % n` of the order of epoch `p // n`, and
     rank r of w takes the positions p with p % w == r. A row never mixes two epochs. `log` collects what was
@@ -100,21 +101,27 @@ class Stream:
     decodes and resizes, and threads share the tokenizer, which processes would copy.
     """
 
-    def __init__(self, dataset: Dataset, options: StreamOptions) -> None:
+    def __init__(
+        self,
+        dataset: Records[S],
+        options: StreamOptions,
+        collate: Callable[[Sequence[Sequence[Any]]], Batch] = collate,
+    ) -> None:
         if len(dataset) < options.world:
             raise DataError(f"{len(dataset)} records cannot be shared by {options.world} processes")
         self.dataset = dataset
         self.options = options
+        self.collate = collate
         self.log = DropLog()
         self.rows = 0
         self.tokens = 0
         self._next = options.rank  # the next position to pack
-        self._packer: Packer[tuple[int, Sample]] = self._new_packer()
-        self._results: Iterator[tuple[int, Sample | Skipped]] | None = None
+        self._packer: Packer[tuple[int, S]] = self._new_packer()
+        self._results: Iterator[tuple[int, S | Skipped]] | None = None
         self._order = (-1, np.empty(0, dtype=np.int64))
         self._in_vain = 0
 
-    def __iter__(self) -> Stream:
+    def __iter__(self) -> Stream[S]:
         return self
 
     def __next__(self) -> Batch:
@@ -123,7 +130,7 @@ class Stream:
         if not rows:
             self.close()
             raise StopIteration
-        return collate(rows)
+        return self.collate(rows)
 
     @property
     def epoch(self) -> float:
@@ -175,10 +182,10 @@ class Stream:
         values = asdict(self.options)
         return {key: values[key] for key in values if key not in ("workers", "epochs")}
 
-    def _new_packer(self) -> Packer[tuple[int, Sample]]:
+    def _new_packer(self) -> Packer[tuple[int, S]]:
         return Packer(self.options.max_length, self.options.buffer if self.options.packing else 0)
 
-    def _next_row(self) -> list[Sample] | None:
+    def _next_row(self) -> list[S] | None:
         """The next full row; None after the last epoch."""
         while True:
             if self._epoch_is_over():
@@ -186,7 +193,7 @@ class Stream:
             if self.options.epochs is not None and self._next // len(self.dataset) >= self.options.epochs:
                 return None
             position, result = self._read()
-            if isinstance(result, Sample):
+            if not isinstance(result, Skipped):
                 row = self._packer.add((position, result), len(result))
                 if row is not None:
                     return self._taken(row)
@@ -197,14 +204,14 @@ class Stream:
         rows = self._packer.rows
         return bool(rows) and rows[0].items[0][0] // records < self._next // records
 
-    def _taken(self, row: list[tuple[int, Sample]] | None) -> list[Sample]:
+    def _taken(self, row: list[tuple[int, S]] | None) -> list[S]:
         assert row is not None
         samples = [sample for _, sample in row]
         self.rows += 1
         self.tokens += sum(len(sample) for sample in samples)
         return samples
 
-    def _read(self) -> tuple[int, Sample | Skipped]:
+    def _read(self) -> tuple[int, S | Skipped]:
         """Encode the next position, or take it from the threads."""
         if self._results is None:
             self._results = ordered_map(self._load, self._positions(self._next), self.options.workers)
@@ -231,11 +238,11 @@ class Stream:
             self._order = (epoch, epoch_order(len(self.dataset), self.options.order_seed, epoch))
         return int(self._order[1][place])
 
-    def _load(self, item: tuple[int, int]) -> tuple[int, Sample | Skipped]:
+    def _load(self, item: tuple[int, int]) -> tuple[int, S | Skipped]:
         position, record = item
         return position, self.dataset[record]
 
-    def _load_again(self, position: int) -> tuple[int, Sample]:
+    def _load_again(self, position: int) -> tuple[int, S]:
         _, sample = self._load((position, self._record(position)))
         if isinstance(sample, Skipped):
             raise DataError(f"the data cannot be resumed: {sample.detail}, which was usable before")

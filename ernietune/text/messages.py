@@ -5,14 +5,13 @@ Training data (`{"messages": [...], "tools"?: [...]}`, one per line) and server 
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
-from ernietune.errors import DataError
+from ernietune.text.fields import Field
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
@@ -80,92 +79,23 @@ def parse_conversation(record: object, where: str) -> Conversation:
     around the reasoning are layout, which the template writes anew. `weight` (0 or 1) is OpenAI's name for
     `trained`.
     """
-    root = _Field(where, "", record)
+    root = Field(where, "", record)
     entries = root.entries(("messages", "tools"))
     if "messages" not in entries:
         root.fail('the record has no \'messages\'; expected a list of {"role", "content"} objects')
     fields = entries["messages"].items()
     if not fields:
         entries["messages"].fail("is empty; at least one message is needed")
-    messages = tuple(_message(field, index) for index, field in enumerate(fields))
-    tools = entries["tools"].items() if "tools" in entries else []
-    return Conversation(messages, tuple(_tool(field) for field in tools))
+    return conversation_of(fields, entries["tools"].items() if "tools" in entries else ())
 
 
-@dataclass(frozen=True)
-class _Field:
-    """A value of the record together with the way to it, for the error message."""
-
-    where: str
-    path: str
-    value: object
-
-    def fail(self, problem: str) -> NoReturn:
-        raise DataError(f"{self.where}: {self.path} {problem}" if self.path else f"{self.where}: {problem}")
-
-    def wrong_type(self, expected: str) -> NoReturn:
-        self.fail(f"is {_type_name(self.value)}; expected {expected}")
-
-    def entries(self, known: Collection[str]) -> dict[str, _Field]:
-        """The non-null members of an object; a key outside of `known` is an error."""
-        if not isinstance(self.value, dict):
-            self.wrong_type("an object")
-        for key in self.value:
-            if key not in known:
-                self._unknown_key(str(key), known)
-        prefix = f"{self.path}." if self.path else ""
-        return {
-            key: _Field(self.where, prefix + key, value)
-            for key, value in self.value.items()
-            if value is not None
-        }
-
-    def items(self) -> list[_Field]:
-        if not isinstance(self.value, list):
-            self.wrong_type("a list")
-        return [_Field(self.where, f"{self.path}[{i}]", value) for i, value in enumerate(self.value)]
-
-    def string(self) -> str:
-        if not isinstance(self.value, str):
-            self.wrong_type("a string")
-        try:
-            self.value.encode()
-        except UnicodeEncodeError as error:
-            self.fail(
-                f"holds half of a surrogate pair at character {error.start}; it is not valid Unicode text"
-            )
-        return self.value
-
-    def choice(self, allowed: Collection[str]) -> str:
-        value = self.string()
-        if value not in allowed:
-            self.fail(f"is {value!r}; allowed: {', '.join(allowed)}")
-        return value
-
-    def required(self, entries: dict[str, _Field], key: str) -> _Field:
-        if key not in entries:
-            self.fail(f"has no {key!r}")
-        return entries[key]
-
-    def _unknown_key(self, key: str, known: Collection[str]) -> NoReturn:
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(known)}"
-        self.fail(f"has the unknown key {key!r}; {hint}")
+def conversation_of(messages: Sequence[Field], tools: Sequence[Field] = ()) -> Conversation:
+    """The same from message and tool objects that may lie anywhere in a record."""
+    parsed = tuple(_message(field, index) for index, field in enumerate(messages))
+    return Conversation(parsed, tuple(_tool(field) for field in tools))
 
 
-def _type_name(value: object) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a string",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-    }
-    return "null" if value is None else names.get(type(value), type(value).__name__)
-
-
-def _message(field: _Field, index: int) -> Message:
+def _message(field: Field, index: int) -> Message:
     entries = field.entries(_COMMON_KEYS + _ASSISTANT_KEYS + _IGNORED_KEYS + _NULL_KEYS)
     role = field.required(entries, "role").choice(ROLES)
     for key in _NULL_KEYS:
@@ -182,7 +112,7 @@ def _message(field: _Field, index: int) -> Message:
     return Message("system" if role == "system" else "user" if role == "user" else "tool", parts)
 
 
-def _assistant(field: _Field, entries: dict[str, _Field]) -> Message:
+def _assistant(field: Field, entries: dict[str, Field]) -> Message:
     content = _parts(entries["content"], images=False) if "content" in entries else None
     calls = entries["tool_calls"].items() if "tool_calls" in entries else []
     reasoning = _reasoning(entries)
@@ -197,7 +127,7 @@ def _assistant(field: _Field, entries: dict[str, _Field]) -> Message:
     )
 
 
-def _reasoning(entries: dict[str, _Field]) -> str | None:
+def _reasoning(entries: dict[str, Field]) -> str | None:
     given = [entries[key] for key in ("reasoning_content", "reasoning") if key in entries]
     texts = [field.string() for field in given]
     if len(set(texts)) > 1:
@@ -212,7 +142,7 @@ def _split_thought(text: str) -> tuple[str | None, str]:
     return match.group(1).strip("\n"), text[match.end() :].lstrip("\n")
 
 
-def _trained(entries: dict[str, _Field]) -> bool:
+def _trained(entries: dict[str, Field]) -> bool:
     given = [entries[key] for key in ("weight", "trained") if key in entries]
     for field in given:
         if field.value not in (0, 1):
@@ -220,7 +150,7 @@ def _trained(entries: dict[str, _Field]) -> bool:
     return all(bool(field.value) for field in given)
 
 
-def _parts(field: _Field, images: bool) -> tuple[Part, ...]:
+def _parts(field: Field, images: bool) -> tuple[Part, ...]:
     if isinstance(field.value, str):
         return (Part("text", field.string()),)
     if not isinstance(field.value, list):
@@ -228,7 +158,7 @@ def _parts(field: _Field, images: bool) -> tuple[Part, ...]:
     return tuple(_part(item, images) for item in field.items())
 
 
-def _part(field: _Field, images: bool) -> Part:
+def _part(field: Field, images: bool) -> Part:
     entries = field.entries(("type", "text", "image_url"))
     kind = field.required(entries, "type").choice(("text", "image_url"))
     if len(entries) > 2:
@@ -245,7 +175,7 @@ def _part(field: _Field, images: bool) -> Part:
     return Part("image", url=content.string())
 
 
-def _tool_call(field: _Field) -> ToolCall:
+def _tool_call(field: Field) -> ToolCall:
     entries = field.entries(("id", "type", "index", "function"))
     if "type" in entries:
         entries["type"].choice(("function",))
@@ -255,7 +185,7 @@ def _tool_call(field: _Field) -> ToolCall:
     return ToolCall(name, _arguments(function.required(members, "arguments")))
 
 
-def _arguments(field: _Field) -> dict[str, Any]:
+def _arguments(field: Field) -> dict[str, Any]:
     value = field.value
     if isinstance(value, str):
         try:
@@ -267,7 +197,7 @@ def _arguments(field: _Field) -> dict[str, Any]:
     return value
 
 
-def _tool(field: _Field) -> dict[str, Any]:
+def _tool(field: Field) -> dict[str, Any]:
     entries = field.entries(("type", "function"))
     field.required(entries, "type").choice(("function",))
     function = field.required(entries, "function")

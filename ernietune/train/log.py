@@ -49,6 +49,8 @@ class RunLog:
         self._write("train", step, values)
         rate, speed = values["learning_rate"], values["tokens_per_second"]
         status = f"loss {values['loss']:.4f}  lr {rate:.2e}  {speed:,.0f} tok/s"
+        if "rewards/margins" in values:
+            status += f"  margin {values['rewards/margins']:.3f}  right {values['rewards/accuracies']:.1%}"
         self.progress.update(self.task, completed=step, status=status)
         if show:
             console.print(f"step {step}  {status}  norm {values['gradient_norm']:.3g}")

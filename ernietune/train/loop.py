@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import paddle
 from numpy.typing import NDArray
+from paddle import Tensor
 
 from ernietune.checkpoint import state
 from ernietune.checkpoint.state import Progress
@@ -23,7 +24,9 @@ from ernietune.lora import adapters
 from ernietune.models.decoder import CausalLM
 from ernietune.train.log import RunLog, console
 from ernietune.train.optim import Optimizer, learning_rate
-from ernietune.train.sft import Objective
+from ernietune.train.sft import LossSums, Objective
+
+N = TypeVar("N", int, float)
 
 _WEIGHT = "weight::"  # before the path of a trained parameter, in a checkpoint
 
@@ -37,7 +40,7 @@ class Run:
     model: CausalLM
     objective: Objective
     optimizer: Optimizer
-    stream: Stream
+    stream: Stream[Any]
     total_steps: int
     write_weights: Callable[[Path], None]
     evaluation: Callable[[], Iterator[Batch]] | None = None
@@ -95,22 +98,44 @@ def train_step(run: Run, log: RunLog, watch: GradientWatch) -> None:
 
 
 def accumulate(model: CausalLM, objective: Objective, batches: list[Batch]) -> tuple[float, dict[str, float]]:
-    """Gradients of the loss per supervised token of the whole step; that loss, and metrics per token.
+    """Gradients of the loss of the whole step; that loss, and its metrics.
 
-    The divisor is the step's, not the micro-batch's: a token counts the same wherever it stands.
+    The divisors are the step's, not the micro-batch's: a token or pair counts the same wherever it stands.
     """
     model.train()
-    tokens = sum(batch.supervised for batch in batches)
+    totals = _totals(batches)
     loss = 0.0
     metrics: dict[str, float] = {}
     for batch in batches:
         sums = objective(model, batch)
-        if not sums.total.stop_gradient:  # a micro-batch may have no supervised token
-            (sums.total / tokens).backward()
-        loss += float(sums.total.item()) / tokens
-        for name, value in sums.metrics.items():
-            metrics[name] = metrics.get(name, 0.0) + value / tokens
-    return loss, metrics
+        mean = _mean(sums, totals)
+        if not mean.stop_gradient:  # a micro-batch may have no supervised token
+            mean.backward()
+        loss += float(mean.item())
+        _add(metrics, sums.metrics)
+    return loss, _metric_means(metrics, totals)
+
+
+def _add(sums: dict[str, N], values: Mapping[str, N]) -> None:
+    for name, value in values.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def _totals(batches: list[Batch]) -> dict[str, int]:
+    """The counts that the terms of a loss are divided by."""
+    totals: dict[str, int] = {}
+    for batch in batches:
+        _add(totals, batch.counts)
+    return totals
+
+
+def _mean(sums: LossSums, totals: Mapping[str, int]) -> Tensor:
+    return sum(term / max(totals[name], 1) for name, term in sums.terms.items())
+
+
+def _metric_means(metrics: Mapping[str, float], totals: Mapping[str, int]) -> dict[str, float]:
+    first = next(iter(totals.values()), 0)
+    return {name: value / max(first, 1) for name, value in metrics.items()}
 
 
 def _counts(batches: list[Batch]) -> dict[str, float]:
@@ -157,16 +182,20 @@ class GradientWatch:
 
 
 def evaluate(model: CausalLM, objective: Objective, batches: Iterator[Batch]) -> dict[str, float]:
-    """Loss per supervised token over `batches`, and its perplexity, with dropout off."""
+    """Loss and metrics over `batches` without dropout, and the perplexity where the loss is one of tokens."""
     model.eval()
-    total, tokens = 0.0, 0
+    terms: dict[str, float] = {}
+    totals: dict[str, int] = {}
+    metrics: dict[str, float] = {}
     with paddle.no_grad():
         for batch in batches:
             sums = objective(model, batch)
-            total += float(sums.total.item())
-            tokens += sums.count
-    loss = total / max(tokens, 1)
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens}
+            _add(terms, {name: float(term.item()) for name, term in sums.terms.items()})
+            _add(totals, batch.counts)
+            _add(metrics, sums.metrics)
+    loss = sum(value / max(totals[name], 1) for name, value in terms.items())
+    perplexity = {"perplexity": math.exp(min(loss, 700.0))} if "tokens" in terms else {}
+    return {"loss": loss, **perplexity, **_metric_means(metrics, totals), **totals}
 
 
 def _evaluate_if_due(run: Run, log: RunLog) -> bool:

@@ -34,6 +34,8 @@ def print_plan(config: Config) -> None:
         f"({train.accumulation * train.rows * data.max_length:,} a step); "
         f"learning rate {train.learning_rate:g} ({train.schedule}, {train.warmup_steps} warm-up steps)"
     )
+    if train.objective == "dpo":
+        console.print(f"dpo: {config.dpo.loss}, beta {config.dpo.beta:g}, reference {config.dpo.reference}")
     console.print(f"data: {', '.join(data.train)}; output: {train.output}")
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import paddle
 
@@ -21,15 +22,17 @@ from ernietune.config import Config, DataSection
 from ernietune.data.collate import Batch
 from ernietune.data.dataset import Dataset, Encoder, VisionTokens
 from ernietune.data.formats import open_source
+from ernietune.data.pairs import PairDataset, PairEncoder, collate_pairs
 from ernietune.data.stream import Stream, StreamOptions, count_batches, sample_lengths
 from ernietune.errors import ConfigError, ErnietuneError
 from ernietune.lora import inject, unfreeze
 from ernietune.models.decoder import CausalLM
 from ernietune.parallel import recompute
-from ernietune.train import loop, plan
+from ernietune.train import loop, plan, reference
+from ernietune.train.dpo import dpo
 from ernietune.train.log import console
 from ernietune.train.optim import Optimizer
-from ernietune.train.sft import sft
+from ernietune.train.sft import Objective, sft
 
 
 def main(config: Config) -> Path:
@@ -39,30 +42,35 @@ def main(config: Config) -> Path:
     # 2. The checkpoint's words and pixels, then the data: mistakes there are found before weights are read.
     base = state.checkpoint_in(hub.resolve(config.model.path))
     processor = processor_of(config, base)
-    train_set = dataset(config.data, config.data.train, processor)
-    evaluation = evaluation_set(config, processor)
+    train_set = dataset(config, config.data.train, processor)
+    held_out = dataset(config, config.data.eval, processor) if config.data.eval else None
     # 3. The model, and what of it trains.
     paddle.seed(config.train.seed)
     dtype = compute_dtype(config.model.dtype)
     model = load_model(base, dtype, processor.config)
+    options = stream_options(config)
+    if config.dpo.reference == "precomputed":
+        for name, records in (("train", train_set), ("eval", held_out)):
+            if isinstance(records, PairDataset):
+                file = folder / "reference" / name
+                reference.attach(records, model, options, config.train.loss_chunk, base, file)
     shapes = {path: parameter.shape for path, parameter in model.named_parameters()}
     plan.print_table(shapes, config)
     choose_trainable(model, config)
     if config.train.recompute:
         recompute.apply(model)
     # 4. The loop.
-    options = stream_options(config)
     total = total_steps(config, train_set, options)
     run = loop.Run(
         folder=folder,
         train=config.train,
         model=model,
-        objective=partial(sft, loss_chunk=config.train.loss_chunk),
+        objective=objective_of(config),
         optimizer=Optimizer(model, config.train, config.lora.plus_ratio if config.lora.enabled else 1.0),
-        stream=Stream(train_set, options),
+        stream=stream_of(train_set, options),
         total_steps=total,
         write_weights=weights_writer(model, config, base),
-        evaluation=evaluation,
+        evaluation=None if held_out is None else evaluation_of(held_out, config),
     )
     loop.restore(run)
     announce(run, train_set, dtype)
@@ -110,13 +118,23 @@ def processor_of(config: Config, base: Path) -> Processor:
     return Processor.load(base, None if config.model.template == "auto" else config.model.template)
 
 
-def dataset(data: DataSection, paths: list[str], processor: Processor) -> Dataset:
-    """The records of some files, to be encoded as `data` says."""
+def dataset(config: Config, paths: list[str], processor: Processor) -> Dataset | PairDataset:
+    """The records of some files: conversations, or the pairs of preference tuning."""
+    sources, encoder = [open_source(path) for path in paths], encoder_of(config.data, processor)
+    if config.train.objective == "sft":
+        return Dataset(sources, encoder, config.data.on_error)  # type: ignore[arg-type]
+    ignore_eos, needs_gap = config.dpo.ignore_eos, config.dpo.offset_alpha > 0
+    pairs = PairEncoder(**vars(encoder), ignore_eos=ignore_eos, needs_score_gap=needs_gap)
+    return PairDataset(sources, pairs, config.data.on_error)  # type: ignore[arg-type]
+
+
+def encoder_of(data: DataSection, processor: Processor) -> Encoder:
+    """How a conversation becomes tokens and patches."""
     model = processor.config
     vision = None
     if model.image_token_id is not None:
         vision = VisionTokens(model.image_token_id, frozenset(model.vision_token_ids))
-    encoder = Encoder(
+    return Encoder(
         template=processor.template,
         max_length=data.max_length,
         overlong=data.overlong,  # type: ignore[arg-type]
@@ -124,7 +142,20 @@ def dataset(data: DataSection, paths: list[str], processor: Processor) -> Datase
         limits=processor.limits_with(data.min_pixels, data.max_pixels),
         template_options={"enable_thinking": data.enable_thinking, "train_all_turns": data.train_all_turns},
     )
-    return Dataset([open_source(path) for path in paths], encoder, data.on_error)  # type: ignore[arg-type]
+
+
+def stream_of(records: Dataset | PairDataset, options: StreamOptions) -> Stream[Any]:
+    """The micro-batches of a data set."""
+    if isinstance(records, PairDataset):
+        return Stream(records, options, collate_pairs)
+    return Stream(records, options)
+
+
+def objective_of(config: Config) -> Objective:
+    """The loss of a micro-batch."""
+    if config.train.objective == "dpo":
+        return partial(dpo, options=config.dpo, loss_chunk=config.train.loss_chunk)
+    return partial(sft, loss_chunk=config.train.loss_chunk)
 
 
 def stream_options(config: Config) -> StreamOptions:
@@ -140,11 +171,8 @@ def stream_options(config: Config) -> StreamOptions:
     )
 
 
-def evaluation_set(config: Config, processor: Processor) -> Callable[[], Iterator[Batch]] | None:
+def evaluation_of(held_out: Dataset | PairDataset, config: Config) -> Callable[[], Iterator[Batch]]:
     """A function that gives the evaluation batches from the start, in the files' order."""
-    if not config.data.eval:
-        return None
-    held_out = dataset(config.data, config.data.eval, processor)
     options = StreamOptions(
         max_length=config.data.max_length,
         packing=config.data.packing,
@@ -154,7 +182,7 @@ def evaluation_set(config: Config, processor: Processor) -> Callable[[], Iterato
     )
 
     def batches() -> Iterator[Batch]:
-        for number, batch in enumerate(Stream(held_out, options)):
+        for number, batch in enumerate(stream_of(held_out, options)):
             if number == config.train.eval_batches:
                 return
             yield batch
@@ -182,7 +210,7 @@ def choose_trainable(model: CausalLM, config: Config) -> None:
         unfreeze(model, tuple(config.train.trainable))
 
 
-def total_steps(config: Config, train_set: Dataset, options: StreamOptions) -> int:
+def total_steps(config: Config, train_set: Dataset | PairDataset, options: StreamOptions) -> int:
     """Steps of the whole run; counting epochs reads the data once, because packing decides the number."""
     if config.train.steps is not None:
         return config.train.steps
@@ -200,7 +228,7 @@ def weights_writer(model: CausalLM, config: Config, base: Path) -> Callable[[Pat
     return lambda folder: save_model(model, folder, like=base)
 
 
-def announce(run: loop.Run, train_set: Dataset, dtype: str) -> None:
+def announce(run: loop.Run, train_set: Dataset | PairDataset, dtype: str) -> None:
     """One line on what is about to happen."""
     device = paddle.device.get_device()
     note = " (Paddle computes in float32 only on a CPU)" if device == "cpu" else ""

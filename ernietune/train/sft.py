@@ -1,8 +1,8 @@
-"""Supervised fine-tuning: the sum of a micro-batch's token losses, and how many tokens it sums."""
+"""Supervised fine-tuning, and what every objective shares: inputs, token losses, sums."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import paddle
@@ -17,11 +17,14 @@ from ernietune.text.template import IGNORE
 
 @dataclass(frozen=True)
 class LossSums:
-    """What an objective returns: a loss summed over `count` tokens (fp32 scalar) and sums to be logged."""
+    """What an objective returns for one micro-batch: sums, which the loop turns into means over a whole step.
 
-    total: Tensor
-    count: int
-    metrics: dict[str, float] = field(default_factory=dict)
+    The loss is the sum of its terms, each an fp32 scalar divided by the step's total of the count of the same
+    name in `Batch.counts`. Metrics are sums over the first of these counts.
+    """
+
+    terms: Mapping[str, Tensor]
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 Objective = Callable[[CausalLM, Batch], LossSums]
@@ -41,8 +44,12 @@ def to_inputs(batch: Batch) -> Inputs:
 
 def sft(model: CausalLM, batch: Batch, loss_chunk: int | None = None) -> LossSums:
     """Cross-entropy of the supervised positions; logits exist for those rows only, `loss_chunk` at a time."""
-    hidden = model(to_inputs(batch))
+    return LossSums({"tokens": token_losses(model, model(to_inputs(batch)), batch, loss_chunk).sum()})
+
+
+def token_losses(model: CausalLM, hidden: Tensor, batch: Batch, loss_chunk: int | None) -> Tensor:
+    """Negative log-likelihood of every label of a batch in order, fp32 [supervised]."""
     rows = (batch.labels != IGNORE).nonzero()[0]
     picked = paddle.gather(hidden, paddle.to_tensor(rows))
-    losses = linear_cross_entropy(picked, model.head_weight, paddle.to_tensor(batch.labels[rows]), loss_chunk)
-    return LossSums(losses.sum(), len(rows))
+    labels = paddle.to_tensor(batch.labels[rows])
+    return linear_cross_entropy(picked, model.head_weight, labels, loss_chunk)
