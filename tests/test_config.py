@@ -182,6 +182,8 @@ def test_override_of_a_wrong_type_names_the_key(write: Write) -> None:
         ("train.steps=null", "train.steps", "give exactly one of the two"),
         ("train.epochs=1", "train.steps", "give exactly one of the two"),
         ("train.warmup_steps=101", "train.warmup_steps", "beyond the 100 steps"),
+        ("train.warmup_ratio=1.5", "train.warmup_ratio", "must be at most 1"),
+        ("train.rate_ratios={router: -1}", "train.rate_ratios", "gives router -1.0; it must be at least 0"),
         ("train.min_learning_rate=1", "train.min_learning_rate", "is above train.learning_rate"),
         ("train.eval_every=5", "train.eval_every", "data.eval names no file"),
     ],
@@ -197,9 +199,18 @@ def test_range_complaint_names_the_line(write: Write) -> None:
     assert text == "run.yaml:8: `train.rows` is 0; it must be at least 1"
 
 
+def test_one_kind_of_warm_up(write: Write) -> None:
+    text = complaint(write(GOOD), "train.warmup_ratio=0.1", "train.warmup_steps=5")
+    assert "`train.warmup_ratio` and `train.warmup_steps`: give one of the two" in text
+
+
 def test_patience_needs_evaluations(write: Write) -> None:
     text = complaint(write(GOOD), "data.eval=[b.jsonl]", "train.patience=2")
     assert "`train.patience` needs train.eval_every" in text
+
+
+def test_the_configuration_stays_small() -> None:
+    assert len(key_paths()) <= 80
 
 
 def test_every_key_path_has_a_value() -> None:

@@ -51,6 +51,8 @@ DIRECT: dict[str, tuple[str, type, object]] = {
 
 RULED = frozenset(
     """
+    attention_probs_dropout_prob dropout_warmup_steps layerwise_lr_decay_bound mask_out_eos_token
+    ignore_eos_token
     model_name_or_path tokenizer_name_or_path compute_type bf16 fp16 chat_template stage fine_tuning lora
     freeze_config from_scratch lora_rank lora_alpha rslora rslora_plus lora_plus_scale moe_gate_lr_ratio
     vit_lr_ratio train_dataset_path text_dataset_path eval_dataset_path mix_strategy modality_ratio
@@ -74,10 +76,6 @@ ONLY_AT: dict[str, tuple[tuple[object, ...], str]] = {
     "adaptive_max_imgtoken_option": ((), "pictures keep their own size between min_pixels and max_pixels"),
     "adaptive_max_imgtoken_rate": ((), "pictures keep their own size between min_pixels and max_pixels"),
     "adaptive_norm_clip": ((False,), "gradients are clipped by their global norm (max_grad_norm)"),
-    "attention_probs_dropout_prob": (
-        (0,),
-        "there is no dropout in the model, only in adapters (lora.dropout)",
-    ),
     "continue_training": ((True,), "write a random model with `ernietune init` and name that instead"),
     "custom_register_path": ((), "code named in a configuration is not run"),
     "data_filelist": ((), "name the files in train_dataset_path"),
@@ -93,12 +91,9 @@ ONLY_AT: dict[str, tuple[tuple[object, ...], str]] = {
     "hidden_dropout_prob": ((0,), "there is no dropout in the model, only in adapters (lora.dropout)"),
     "hidden_size": ((), _CHECKPOINT),
     "ignore_data_skip": ((False,), _RESUME),
-    "ignore_eos_token": ((False,), "the end of an answer is trained"),
     "ignore_load_lr_and_optim": ((False,), _RESUME),
     "intermediate_size": ((), _CHECKPOINT),
-    "layerwise_lr_decay_bound": ((1,), "all layers learn at one rate, or by group with train.rate_ratios"),
     "lora_path": ((), "merge the adapter with `ernietune export` and tune the merged model"),
-    "mask_out_eos_token": ((True,), "an answer that is not trained is left out together with its end"),
     "metric_for_best_model": (
         ("loss", "eval_loss"),
         "the best checkpoint is the one of least evaluation loss",
@@ -126,6 +121,7 @@ ONLY_AT: dict[str, tuple[tuple[object, ...], str]] = {
     "offline_dataset_path": ((), _PREPARE),
     "optim": (("adamw", "adamw_custom", "adamw_torch"), "the optimizer is AdamW"),
     "position_embedding_type": (("rope",), _CHECKPOINT),
+    "ref_model_update_steps": ((-1,), "the reference is the model as it was before training"),
     "skip_data_intervals": ((), "leave the records out of the data files"),
     "softmax_scale": ((), _CHECKPOINT),
     "softmax_type": (("vanilla",), _CHECKPOINT),
@@ -156,7 +152,7 @@ NO_EFFECT: dict[str, str] = {
         mp_fused_linear_param_grad_add mp_skip_c_identity replace_with_c_embedding
         replace_with_parallel_cross_entropy tensor_fusion use_fast_layer_norm use_fused_linear_cross_entropy
         use_global_causal_attn use_intermediate_api use_unified_moe using_sonic_moe deterministic_mode
-        to_static enable_auto_parallel""",
+        to_static enable_auto_parallel model_with_dpo_criterion""",
     "several cards (one is used)": """
         use_sp_callback tensor_parallel_config pipeline_parallel_config sharding_parallel_config
         data_parallel_config sequence_parallel_config sharding sharding_degree sharding_comm_buffer_size_MB
@@ -237,14 +233,13 @@ NO_EFFECT: dict[str, str] = {
         video_fps video_min_frames video_max_frames video_target_frames video_frames_sample video_max_pixels
         video_min_pixels render_timestamp""",
     "an option that this file leaves off": """
-        lr_end power decay_function dropout_warmup_steps multi_token_pred_lambda mtp_distillation_loss
+        lr_end power decay_function multi_token_pred_lambda mtp_distillation_loss
         neftune_noise_alpha use_ortho_loss_callback muon_exclude_patterns muon_extra_scale_factor
         muon_ffn_split muon_momentum muon_ns_coeff_type muon_ns_coeffs muon_ns_steps muon_qkv_update_mode
         muon_version""",
     "preference training only": """
-        max_prompt_len normalize_logps label_smoothing reference_free loss_type pref_loss_ratio
-        sft_loss_ratio beta offset_alpha simpo_gamma dpop_lambda ref_model_update_steps
-        model_with_dpo_criterion""",
+        max_prompt_len normalize_logps label_smoothing reference_free loss_type pref_loss_ratio sft_loss_ratio
+        beta offset_alpha simpo_gamma dpop_lambda""",
     "serving, chat and export (options of `ernietune serve`, `chat` and `export`)": """
         max_new_tokens min_tokens temperature top_p frequency_penalty presence_penalty repetition_penalty
         stream stream_options enable_thinking copy_tokenizer max_shard_size host port metrics_port

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ernietune import config as configuration
-from ernietune.compat import model_rules, run_rules
+from ernietune.compat import model_rules, preference_rules, run_rules
 from ernietune.compat.keys import KNOWN, SYNONYMS
 from ernietune.compat.translation import Given, Translation
 from ernietune.config import Config
@@ -26,6 +26,9 @@ RULES: tuple[Callable[[Translation], None], ...] = (
     run_rules.direct,
     run_rules.length,
     run_rules.schedule,
+    preference_rules.preferences,
+    preference_rules.conversations,
+    preference_rules.recipe,
     run_rules.evaluation,
     run_rules.saving,
     run_rules.cards,
@@ -55,8 +58,10 @@ def is_theirs(path: str | Path) -> bool:
     if not isinstance(node, yaml.MappingNode):
         return False
     sections = configuration.sections()
-    ours = any(key.value in sections and isinstance(value, yaml.MappingNode) for key, value in node.value)
-    return not ours and any(key.value in KNOWN for key, _ in node.value)
+    ours = any(
+        str(key.value) in sections and isinstance(value, yaml.MappingNode) for key, value in node.value
+    )
+    return not ours and any(str(key.value) in KNOWN for key, _ in node.value)
 
 
 def resolve(
@@ -68,7 +73,7 @@ def resolve(
     theirs = [item for item in overrides if "." not in item.partition("=")[0]]
     ours = [item for item in overrides if item not in theirs]
     notes: list[str] = []
-    given = _by_one_spelling(_settings(node, text, str(file), lenient, notes) | _overrides(theirs))
+    given = _by_one_spelling(_settings(node, text, str(file), lenient, notes) | _overrides(theirs), notes)
     translation = Translation(str(file), given, notes=notes)
     for rule in RULES:
         rule(translation)
@@ -81,25 +86,28 @@ def _settings(
     node: yaml.MappingNode, text: str, file: str, lenient: bool, notes: list[str]
 ) -> dict[str, Given]:
     """Every setting of the file; an unknown key is an error, or a note when `lenient`."""
-    try:
-        values = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{file}: {str(error).splitlines()[0]}") from None
-    assert isinstance(values, dict)
-    found: dict[str, Given] = {}
+    lines: dict[str, int] = {}
     for key_node, _ in node.value:
         key, line = str(key_node.value), key_node.start_mark.line + 1
-        if key in found:
-            raise ConfigError(
-                f"{file}:{line}: `{key}` stands twice (first in line {found[key].line}); keep one"
-            )
+        if key in lines:
+            raise ConfigError(f"{file}:{line}: `{key}` stands twice (first in line {lines[key]}); keep one")
         if key in KNOWN:
-            found[key] = Given(key, values[key_node.value], f"{file}:{line}", line)
+            lines[key] = line
         elif lenient:
             notes.append(f"line {line}: `{key}` is no key of ERNIEKit or PaddleFormers; left out")
         else:
             raise ConfigError(f"{file}:{line}: {_unknown(key)}, or pass --lenient to leave it out")
-    return found
+    values = _values(text, file)
+    return {key: Given(key, values[key], f"{file}:{line}", line) for key, line in lines.items()}
+
+
+def _values(text: str, file: str) -> dict[Any, Any]:
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: {' '.join(str(error).split())}") from None
+    assert isinstance(values, dict)
+    return values
 
 
 def _overrides(items: Sequence[str]) -> dict[str, Given]:
@@ -120,14 +128,16 @@ def _unknown(key: str) -> str:
     return f"`{key}` is no key of ERNIEKit or PaddleFormers; {hint}"
 
 
-def _by_one_spelling(settings: dict[str, Given]) -> dict[str, Given]:
+def _by_one_spelling(settings: dict[str, Given], notes: list[str]) -> dict[str, Given]:
     """Settings by ERNIEKit's spelling; the command line wins, two spellings in the file must agree."""
     found: dict[str, Given] = {}
     for setting in settings.values():
         name = SYNONYMS.get(setting.key, setting.key)
         other = found.get(name)
-        if other is not None and None not in (other.line, setting.line) and other.value != setting.value:
-            setting.fail(f"is {setting.value!r}, but `{other.key}`, another name of it, is {other.value!r}")
+        if other is not None and None not in (other.line, setting.line):
+            if other.value != setting.value:
+                setting.fail(f"is {setting.value!r}, but `{other.key}`, the same setting, is {other.value!r}")
+            notes.append(f"{setting.short}: {setting.key} and {other.key} are one setting")
         found[name] = setting
     return found
 
@@ -163,11 +173,14 @@ def _inline(value: Any) -> str:
 
 def report(translation: Translation) -> str:
     """What became of every key: translated, worth a note, or without effect."""
-    width = max(len(source) for source in translation.sources.values())
+    # A default that both sides share says nothing.
+    told = {
+        path: value for path, value in translation.values.items() if not _shared_default(translation, path)
+    }
+    width = max(len(translation.sources[path]) for path in told)
     lines = [f"{translation.file}: a configuration of {translation.toolkit}, read as"]
     lines += [
-        f"  {translation.sources[path]:<{width}} -> {path} = {_inline(value)}"
-        for path, value in translation.values.items()
+        f"  {translation.sources[path]:<{width}} -> {path} = {_inline(value)}" for path, value in told.items()
     ]
     lines += ["notes:", *(f"  {note}" for note in translation.notes)]
     if translation.idle:
@@ -176,8 +189,13 @@ def report(translation: Translation) -> str:
     return "\n".join(lines)
 
 
+def _shared_default(translation: Translation, path: str) -> bool:
+    given = any(not name.endswith("(not given)") for name in translation.sources[path].split(" + "))
+    return not given and translation.values[path] == configuration.value_of(Config(), path)
+
+
 def converted_text(translation: Translation, config: Config) -> str:
-    """Our YAML for a translated file: what differs from our defaults, each line with the key it comes from."""
+    """Our YAML for a translated file: what differs from our defaults, with the keys it comes from."""
     lines = [f"# Translated from {Path(translation.file).name}, a configuration of {translation.toolkit}."]
     defaults = Config()
     for section in configuration.sections():
@@ -187,10 +205,8 @@ def converted_text(translation: Translation, config: Config) -> str:
         ]
         lines += [f"{section}:"] * bool(changed)
         for path in changed:
-            source = translation.sources.get(path, "command line")
-            lines.append(
-                f"  {path.partition('.')[2]}: {_inline(configuration.value_of(config, path))}  # {source}"
-            )
+            value, source = configuration.value_of(config, path), translation.sources.get(path)
+            lines.append(f"  {path.partition('.')[2]}: {_inline(value)}  # {source or 'command line'}")
     return "\n".join(lines) + "\n"
 
 

@@ -38,15 +38,10 @@ ADAPTER_KEYS = ("lora_rank", "lora_alpha", "rslora", "rslora_plus", "lora_plus_s
 
 
 def stage(t: Translation) -> None:
-    """Only tuning on conversations; everything else is refused outright."""
+    """Tuning on conversations or on preferences; everything else is refused outright."""
     name = t.choice("stage", "SFT", {name.lower(): name for name in STAGES})
-    if name.endswith("DPO"):
-        t.given["stage"].fail(
-            f"is {name}: preference training is not part of this version; "
-            "tune on the chosen answers as conversations with stage SFT or VL-SFT"
-        )
-    if name not in ("SFT", "VL-SFT"):
-        t.given["stage"].fail(f"is {name}: models are tuned on conversations only; use stage SFT or VL-SFT")
+    if name not in ("SFT", "VL-SFT", "DPO", "VL-DPO"):
+        t.given["stage"].fail(f"is {name}: only SFT, VL-SFT, DPO and VL-DPO are possible; use one of them")
     if not t.take("do_train", bool, True):
         t.given["do_train"].fail("is false: nothing is to be trained; evaluate with `ernietune eval`")
 
@@ -75,7 +70,7 @@ def _compute_type(t: Translation) -> None:
         t.refuse("fp16", "set it to false; bf16 is what the model was trained in")
     name = t.take("compute_type", str, "bf16").lower()
     if name not in DTYPES:
-        t.refuse("compute_type", "neither 8-bit nor 4-bit weights, nor fp16; pass compute_type=bf16")
+        t.refuse("compute_type", "the base is not quantised, and trains in bf16; pass compute_type=bf16")
     elif t.has("compute_type"):
         t.put("model.dtype", DTYPES[name], "compute_type")
 

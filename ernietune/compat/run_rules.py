@@ -13,7 +13,7 @@ SCHEDULES = {
     "constant": "constant",
     "constant_with_warmup": "constant",
 }
-STRATEGIES = {"no": "no", "steps": "steps", "epoch": "epoch"}
+STRATEGIES = {"no": "no", "false": "no", "steps": "steps", "epoch": "epoch"}
 DEGREES = (
     "tensor_parallel_degree",
     "pipeline_parallel_degree",
@@ -42,7 +42,7 @@ def data(t: Translation) -> None:
     order = "dataloader_shuffle" if t.has("dataloader_shuffle") else "random_shuffle"
     shuffle = t.take("random_shuffle", bool, True) and t.take("dataloader_shuffle", bool, True)
     t.put("data.shuffle", shuffle, order)
-    if t.pictures:
+    if t.has("one_sample_in_one_seq") or (t.pictures and t.toolkit == ERNIEKIT and not t.has("packing")):
         t.put("data.packing", not t.take("one_sample_in_one_seq", bool, False), "one_sample_in_one_seq")
     else:
         t.put("data.packing", t.take("packing", bool, t.toolkit == ERNIEKIT), "packing")
@@ -81,8 +81,8 @@ def _left_out(t: Translation) -> None:
     t.note("a faulty record stops the run; both toolkits leave it out: pass data.on_error=skip for that")
     if t.take("split_multi_turn", bool, False):
         t.note(
-            "split_multi_turn: a conversation stays one sample; answers that the chat format writes otherwise "
-            "in a history are not trained, and are counted in dropped.jsonl",
+            "split_multi_turn: a conversation stays one sample; answers that the chat format writes "
+            "otherwise in a history are not trained, and are counted in dropped.jsonl",
             "split_multi_turn",
         )
 
