@@ -348,12 +348,7 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "train.steps", "and `train.epochs`: give exactly one of the two"
     if not data.train:
         yield "data.train", "is empty; name at least one file of messages"
-    if train.steps is not None and train.warmup_steps > train.steps:
-        yield "train.warmup_steps", f"is {train.warmup_steps}, beyond the {train.steps} steps of train.steps"
-    if train.warmup_steps and train.warmup_ratio:
-        yield "train.warmup_ratio", "and `train.warmup_steps`: give one of the two"
-    if train.min_learning_rate > train.learning_rate:
-        yield "train.min_learning_rate", "is above train.learning_rate"
+    yield from _schedule_contradictions(train)
     if (train.eval_every or train.patience) and not data.eval:
         yield "train.eval_every", "or `train.patience` is set, but data.eval names no file"
     if train.patience and not train.eval_every:
@@ -362,6 +357,15 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield from _dpo_contradictions(config)
     elif config.dpo != DpoSection():
         yield "dpo", "is set, but train.objective is sft; set train.objective: dpo"
+
+
+def _schedule_contradictions(train: TrainSection) -> Iterator[tuple[str, str]]:
+    if train.steps is not None and train.warmup_steps > train.steps:
+        yield "train.warmup_steps", f"is {train.warmup_steps}, beyond the {train.steps} steps of train.steps"
+    if train.warmup_steps and train.warmup_ratio:
+        yield "train.warmup_ratio", "and `train.warmup_steps`: give one of the two"
+    if train.min_learning_rate > train.learning_rate:
+        yield "train.min_learning_rate", "is above train.learning_rate"
 
 
 def _dpo_contradictions(config: Config) -> Iterator[tuple[str, str]]:

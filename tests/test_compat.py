@@ -6,6 +6,7 @@ golden texts: `ernietune config convert FILE.yaml 2> FILE.txt` writes one anew, 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -312,7 +313,7 @@ MISTAKES = {
     "train_dataset_type: filelist\n": "names 'filelist'; known are erniekit, messages",
     "train_dataset_prob: '0.5,0.5'\n": "gives 2 weights for 1 files of train_dataset_path",
     "text_dataset_path: b.jsonl\n": "2 files would be mixed by their weights (random)",
-    "tensor_parallel_degree: 2\ntensor_model_parallel_size: 4\n": "is 4, but `tensor_parallel_degree`, the same",
+    "tensor_parallel_degree: 2\ntensor_model_parallel_size: 4\n": "is 4, but `tensor_parallel",
     "num_train_epochs: 0.5\n": "a run takes whole epochs; pass max_steps instead",
     "wandb_api_key: abc\n": "a secret does not belong in a configuration",
     "chat_template: ernie_vl_thinkin\n": "did you mean ernie_vl_thinking?",
@@ -403,11 +404,26 @@ def test_a_plan_of_their_file() -> None:
 # Training
 
 
+def preferences(folder: Path) -> Path:
+    """Four pairs of answers to the questions of `small_run`."""
+    folder.mkdir()
+    pairs = []
+    for number in range(4):
+        question, answer = small_run.conversation(folder, number, picture=False)["messages"]
+        pairs.append({"messages": [question], "chosen": answer["content"], "rejected": f"no {number}"})
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    return path
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
         ("0.3b_sft_full", "tiny-dense"),
+        ("pf_0.3b_sft_full", "tiny-dense"),
+        ("0.3b_dpo_lora", "tiny-dense"),
         ("21b_fc_lora", "tiny-moe"),
+        ("21b_dpo_full", "tiny-moe"),
         ("vl28b_sft_lora", "tiny-vl"),
         ("vl28b_sft_full", "tiny-vl"),
     ],
@@ -416,7 +432,10 @@ def test_their_files_train(tmp_path: Path, name: str, shape: str) -> None:
     from ernietune.train.run import main
 
     model = small_run.base(tmp_path / "model", shape)
-    data = small_run.write_data(tmp_path / "data", 4, pictures=shape == "tiny-vl")
+    if "dpo" in name:
+        data = preferences(tmp_path / "data")
+    else:
+        data = small_run.write_data(tmp_path / "data", 4, pictures=shape == "tiny-vl")
     held_out = [] if "vl" in name else [f"eval_dataset_path={data}"]
     config = shipped(
         name,

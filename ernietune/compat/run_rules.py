@@ -26,11 +26,7 @@ DEGREES = (
 
 def data(t: Translation) -> None:
     """Files, their order, and what becomes of records that do not fit."""
-    for key in ("train_dataset_type", "eval_dataset_type"):
-        for name in t.items(key):
-            if name.lower() not in RECORD_FORMATS:
-                known = ", ".join(RECORD_FORMATS)
-                t.given[key].fail(f"names {name!r}; known are {known}, in files that are named one by one")
+    _formats(t)
     keys = [key for key in ("train_dataset_path", "text_dataset_path") if t.has(key)]
     if not keys:
         raise ConfigError(f"{t.file}: `train_dataset_path` is required; name the files to train on")
@@ -47,6 +43,15 @@ def data(t: Translation) -> None:
     else:
         t.put("data.packing", t.take("packing", bool, t.toolkit == ERNIEKIT), "packing")
     _left_out(t)
+
+
+def _formats(t: Translation) -> None:
+    """Records say themselves what they are; a list of files or a registry is another thing."""
+    for key in ("train_dataset_type", "eval_dataset_type"):
+        for name in t.items(key):
+            if name.lower() not in RECORD_FORMATS:
+                known = ", ".join(RECORD_FORMATS)
+                t.given[key].fail(f"names {name!r}; known are {known}, in files that are named one by one")
 
 
 def _mixing(t: Translation, keys: list[str], files: int) -> None:
