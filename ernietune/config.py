@@ -49,12 +49,16 @@ class DataSection:
 
     train: list[str] = field(default_factory=list)
     eval: list[str] = field(default_factory=list)
+    format: str = "auto"  # of the records; auto: what the keys of each file's records say
+    mixing: str = "concat"  # of several files; interleave: in turn, by data.weights
+    weights: list[float] = field(default_factory=list)  # shares, one for each file of data.train
     max_length: int = 8192  # tokens of one row
     packing: bool = True
     overlong: str = "error"  # error, skip, truncate (at the end of a turn, never inside a picture)
     on_error: str = "error"  # error, skip (counted and named in dropped.jsonl)
     shuffle: bool = True
-    train_all_turns: bool = False  # also train turns whose history rendering differs from their generation
+    train_on: str = "all"  # of the answers of a conversation: all, last
+    train_all_turns: bool = False  # train all answers in one sequence, earlier ones as a history shows them
     enable_thinking: bool | None = None  # VL templates: open a think block before the answer
     min_pixels: int | None = None  # None: as the checkpoint's preprocessor_config.json says
     max_pixels: int | None = None
@@ -261,6 +265,9 @@ def _value_problem(error: OmegaConfBaseException, file: str, lines: Mapping[str,
 CHOICES = {
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.template": ("auto", "text", "thinking", "vl", "vl_thinking"),
+    "data.format": ("auto", "messages", "erniekit", "alpaca", "sharegpt", "preference"),
+    "data.mixing": ("concat", "interleave"),
+    "data.train_on": ("all", "last"),
     "data.overlong": ("error", "skip", "truncate"),
     "data.on_error": ("error", "skip"),
     "train.schedule": ("cosine", "linear", "constant"),
@@ -348,6 +355,7 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "train.steps", "and `train.epochs`: give exactly one of the two"
     if not data.train:
         yield "data.train", "is empty; name at least one file of messages"
+    yield from _mixing_contradictions(data)
     yield from _schedule_contradictions(train)
     if (train.eval_every or train.patience) and not data.eval:
         yield "train.eval_every", "or `train.patience` is set, but data.eval names no file"
@@ -387,3 +395,12 @@ def _dpo_contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "dpo.offset_alpha", f"has no effect on {dpo.loss}; remove it"
     if dpo.normalize_logps and dpo.loss in AVERAGED:
         yield "dpo.normalize_logps", f"has no effect on {dpo.loss}, which averages over tokens; remove it"
+
+
+def _mixing_contradictions(data: DataSection) -> Iterator[tuple[str, str]]:
+    if data.mixing == "concat" and data.weights:
+        yield "data.weights", "needs data.mixing: interleave; concat takes every record once"
+    if data.mixing == "interleave" and len(data.weights) != len(data.train):
+        yield "data.weights", f"has {len(data.weights)} shares for the {len(data.train)} files of data.train"
+    if any(not 0 < weight < float("inf") for weight in data.weights):
+        yield "data.weights", f"is {list(data.weights)}; every share must be a number above 0"

@@ -75,6 +75,28 @@ PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
+# A made-up taste, best first: what the preference pairs of examples/preferences.py are about.
+TASTE = {
+    "color": ("red", "yellow", "purple", "green", "blue", "black"),
+    "shape": ("circle", "triangle", "cross", "square"),
+}
+ASK_TASTE = {
+    "color": {
+        "en": ("Pick a color for the {thing}.", "Which color suits a {thing}?", "A color for my {thing}?"),
+        "zh": ("给{thing}选一个颜色。", "什么颜色适合{thing}？", "我的{thing}用什么颜色？"),
+    },
+    "shape": {
+        "en": ("Pick a shape for the {thing}.", "Which shape suits a {thing}?", "A shape for my {thing}?"),
+        "zh": ("给{thing}选一个形状。", "什么形状适合{thing}？", "我的{thing}用什么形状？"),
+    },
+}
+# The last ones stand in held-out pairs only.
+THINGS = {
+    "en": "door box cup table wall plate bed car house bag lamp book roof hat boat sign".split(),
+    "zh": "门 盒子 杯子 桌子 墙 盘子 床 车 房子 包 灯 书 屋顶 帽子 船 牌子".split(),
+}
+HELD_OUT_THINGS = 4
+
 OPPOSITES = {
     "en": "big small, hot cold, up down, left right, day night, old new, fast slow, light dark, open closed, "
     "long short, full empty, high low, rich poor, happy sad, early late, hard soft, wet dry, strong weak, "

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from ernietune.data.dataset import Dataset, Encoder, VisionTokens
-from ernietune.data.formats import open_source
+from ernietune.data.sources import open_source
 from ernietune.media.image import ImageLimits
 from ernietune.text.messages import Conversation
 from ernietune.text.template import IGNORE, Rendered

@@ -126,3 +126,18 @@ def test_without_paddle_the_other_commands_say_the_same(tmp_path: Path) -> None:
     for arguments in (*commands, ["export", tmp_path, "--output", tmp_path / "merged"]):
         result = run(WITHOUT_PADDLE, *arguments)
         assert (result.returncode, result.stderr) == (2, f"error: {INSTALL_PADDLE}\n")
+
+
+def test_checking_data_is_light_and_says_by_its_exit_code_whether_all_is_well(tmp_path: Path) -> None:
+    good = run(REPORTING, "data", "check", ROOT / "data" / "samples" / "openai.jsonl")
+    assert (good.returncode, good.stdout) == (0, "2 records, nothing wrong\nLIGHT\n")
+    (tmp_path / "d.jsonl").write_text('{"messages": []}\n')
+    bad = run(WITHOUT_PADDLE, "data", "check", tmp_path / "d.jsonl")
+    assert bad.returncode == 2
+    assert bad.stdout.startswith(f"{tmp_path / 'd.jsonl'}:1: messages is empty")
+
+
+def test_a_preview_needs_no_paddle(tmp_path: Path) -> None:
+    missing = run(WITHOUT_PADDLE, "data", "preview", "x.jsonl", "--model", tmp_path / "none")
+    assert (missing.returncode, missing.stdout) == (2, "")
+    assert missing.stderr.startswith(f"error: {tmp_path / 'none'} is neither an existing folder nor a hub id")

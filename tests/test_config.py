@@ -179,6 +179,10 @@ def test_override_of_a_wrong_type_names_the_key(write: Write) -> None:
         ("train.learning_rate=-1e-4", "train.learning_rate", "must be at least 0"),
         ("data.max_length=1", "data.max_length", "must be at least 8"),
         ("data.train=[]", "data.train", "name at least one file"),
+        ("data.format=csv", "data.format", "must be one of auto, messages, erniekit"),
+        ("data.train_on=first", "data.train_on", "must be one of all, last"),
+        ("data.mixing=interleave", "data.weights", "has 0 shares for the 1 files of data.train"),
+        ("data.weights=[1]", "data.weights", "needs data.mixing: interleave"),
         ("train.steps=null", "train.steps", "give exactly one of the two"),
         ("train.epochs=1", "train.steps", "give exactly one of the two"),
         ("train.warmup_steps=101", "train.warmup_steps", "beyond the 100 steps"),
@@ -209,6 +213,28 @@ def test_patience_needs_evaluations(write: Write) -> None:
     assert "`train.patience` needs train.eval_every" in text
 
 
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["dpo.loss=kto"], "`dpo.loss` is 'kto'; it must be one of sigmoid, hinge"),
+        (["dpo.beta=0"], "`dpo.beta` is 0.0; it must be above 0"),
+        (["dpo.label_smoothing=0.5"], "`dpo.label_smoothing` is 0.5; it must be below 0.5"),
+        (["data.overlong=truncate"], "`data.overlong` is truncate, but an answer of a pair is never cut"),
+        (["dpo.loss=simpo"], "`dpo.reference` is adapters_off, but simpo has no reference"),
+        (["dpo.loss=dpop", "dpo.reference=none"], "`dpo.reference` is none, but dpop compares with"),
+        (["lora.enabled=false"], "`dpo.reference` is adapters_off, but lora.enabled is false"),
+        (["dpo.loss=hinge", "dpo.label_smoothing=0.1"], "`dpo.label_smoothing` has no effect on hinge"),
+        (["dpo.loss=robust", "dpo.offset_alpha=1"], "`dpo.offset_alpha` has no effect on robust"),
+        (["dpo.loss=ipo", "dpo.normalize_logps=true"], "`dpo.normalize_logps` has no effect on ipo"),
+        (["train.objective=sft", "dpo.beta=0.2"], "`dpo` is set, but train.objective is sft"),
+    ],
+)
+def test_preference_tuning(write: Write, overrides: list[str], problem: str) -> None:
+    path = write(GOOD)
+    assert load(path, ["train.objective=dpo"]).dpo.reference == "adapters_off"
+    assert problem in complaint(path, "train.objective=dpo", *overrides)
+
+
 def test_the_configuration_stays_small() -> None:
     assert len(key_paths()) <= 80
 
@@ -216,3 +242,10 @@ def test_the_configuration_stays_small() -> None:
 def test_every_key_path_has_a_value() -> None:
     assert {"model.path", "lora.rank", "data.train", "train.steps"} <= set(key_paths())
     assert all(value_of(Config(), path) is not ... for path in key_paths())
+
+
+def test_shares_of_a_mixture(write: Write) -> None:
+    mixed = ["data.train=[a.jsonl, b.jsonl]", "data.mixing=interleave"]
+    assert load(write(GOOD), [*mixed, "data.weights=[3, 0.5]"]).data.weights == [3.0, 0.5]
+    text = complaint(write(GOOD), *mixed, "data.weights=[1, 0]")
+    assert text == "run.yaml: `data.weights` is [1.0, 0.0]; every share must be a number above 0"

@@ -218,7 +218,7 @@ NO_EFFECT: dict[str, str] = {
         dataset_kwargs dataset_num_proc dataset_output_dir dataset_text_field input_dir make_offline_data
         packed_idx_cache_dir packing_interval padding_free processor_use_fast skip_warmup split
         template_backend truncate_packing""",
-    "formats and weights of files (records show their format; the files are one set)": """
+    "formats of records, which show what they are, and weights of files that are not mixed": """
         train_dataset_type eval_dataset_type train_dataset_prob text_dataset_prob eval_dataset_prob""",
     "ERNIEKit's reader of text among pictures, which splices unrelated records (not done here)": """
         dataset_name example_from_same_task_prob pseudo_sampling_prob trigger_data_prob drop_history_with_k

@@ -13,6 +13,7 @@ SCHEDULES = {
     "constant": "constant",
     "constant_with_warmup": "constant",
 }
+MIXTURES = ("concat", "random", "interleave_under", "interleave_over")
 STRATEGIES = {"no": "no", "false": "no", "steps": "steps", "epoch": "epoch"}
 DEGREES = (
     "tensor_parallel_degree",
@@ -55,21 +56,56 @@ def _formats(t: Translation) -> None:
 
 
 def _mixing(t: Translation, keys: list[str], files: int) -> None:
-    """Several files are one set; mixing by weights would change what is seen how often."""
+    """Several files: one after the other, or in turn by their weights."""
     for key in keys:
-        prob = key.replace("_path", "_prob")
+        prob = _prob(key)
         if t.has(prob) and len(t.items(prob)) != len(t.items(key)):
             t.given[prob].fail(f"gives {len(t.items(prob))} weights for {len(t.items(key))} files of {key}")
-    strategy = t.take("mix_strategy", str, "concat" if t.toolkit == PADDLEFORMERS else "random")
+    default = "concat" if t.toolkit == PADDLEFORMERS else "random"
+    strategy = t.choice("mix_strategy", default, {name: name for name in MIXTURES})
     if files == 1:
         return
-    if strategy != "concat":
-        blamed = next(key for key in ("mix_strategy", "train_dataset_prob", *keys) if t.has(key))
-        t.refuse(
-            blamed,
-            f"{files} files would be mixed by their weights ({strategy}); here they are one set, "
-            "every record once an epoch: pass mix_strategy=concat for that",
-        )
+    given = [key for key in ("mix_strategy", *map(_prob, keys), "modality_ratio") if t.has(key)]
+    if strategy == "concat" and len(keys) == 1:
+        t.put("data.mixing", "concat", "mix_strategy")
+        return
+    t.put("data.mixing", "interleave", *given or ["mix_strategy"])
+    t.put("data.weights", _weights(t, keys), *given or ["train_dataset_prob"])
+    t.note(
+        f"{files} files are taken in turn, in proportion to their weights; an epoch is as many records as "
+        "all files have together",
+        *given,
+    )
+
+
+def _prob(key: str) -> str:
+    return key.replace("_path", "_prob")
+
+
+def _weights(t: Translation, keys: list[str]) -> list[float]:
+    """A share for every file: its weight among its own kind, times the share of pictures or of text."""
+    ratio = _numbers(t, "modality_ratio")
+    if len(ratio) not in (0, len(keys)) and len(keys) > 1:
+        t.given["modality_ratio"].fail("must give two numbers, of pictures and of text, such as [1,1]")
+    shares: list[float] = []
+    for number, key in enumerate(keys):
+        weights = _numbers(t, _prob(key)) or [1.0] * len(t.items(key))
+        if min(weights) <= 0:
+            t.given[_prob(key)].fail("gives a file no weight; leave the file out")
+        part = ratio[number] if len(keys) > 1 and ratio else 1.0
+        shares += [part * weight / sum(weights) for weight in weights]
+    return shares
+
+
+def _numbers(t: Translation, key: str) -> list[float]:
+    """A comma-separated list, in brackets or not; ConfigError for an entry that is no number."""
+    found: list[float] = []
+    for word in t.items(key):
+        number = parsed(word.strip("[]() "))
+        if not isinstance(number, float):
+            t.given[key].fail(f"holds {word!r}, which is no number")
+        found.append(number)
+    return found
 
 
 def _left_out(t: Translation) -> None:
@@ -86,8 +122,8 @@ def _left_out(t: Translation) -> None:
     t.note("a faulty record stops the run; both toolkits leave it out: pass data.on_error=skip for that")
     if t.take("split_multi_turn", bool, False):
         t.note(
-            "split_multi_turn: a conversation stays one sample; answers that the chat format writes "
-            "otherwise in a history are not trained, and are counted in dropped.jsonl",
+            "split_multi_turn: a conversation is one sample where the chat format allows it, else one for "
+            "each turn; every answer trains once",
             "split_multi_turn",
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -12,15 +12,20 @@ from typing import Any, Generic, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ernietune.data.formats import Source, to_conversation
+from ernietune.data.formats import Form, form_of_source, to_conversation
+from ernietune.data.mixing import epoch_order, interleaved_order
+from ernietune.data.sources import Source
+from ernietune.data.split import exchanges, last_answer_only, single_answers
 from ernietune.errors import DataError
 from ernietune.media.image import ImageLimits, image_to_patches, open_image
+from ernietune.text.fields import FieldError
 from ernietune.text.messages import Conversation
 from ernietune.text.positions import media_tokens, positions_3d
 from ernietune.text.template import IGNORE, Rendered, Template
 
 PATCH_VALUES = 588  # 3 channels of 14 x 14 pixels
 Overlong = Literal["error", "skip", "truncate"]
+TrainOn = Literal["all", "last"]
 Reason = Literal[
     "malformed",
     "image",
@@ -51,6 +56,11 @@ class Sample:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def trained(self) -> int:
+        """How many tokens have a target; the first token of a sample is never predicted."""
+        return int(np.count_nonzero(self.labels[1:] != IGNORE))
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -62,11 +72,15 @@ class Skipped:
 
 
 class BadRecord(DataError):
-    """A record that cannot become a sample; `reason` is what it is counted under when errors are skipped."""
+    """A record that cannot become a sample; `reason` is what it is counted under when errors are skipped.
 
-    def __init__(self, reason: Reason, message: str) -> None:
+    `field` is the way to the value that is wrong, where there is one.
+    """
+
+    def __init__(self, reason: Reason, message: str, field: str = "") -> None:
         super().__init__(message)
         self.reason = reason
+        self.field = field
 
 
 @dataclass(frozen=True)
@@ -81,28 +95,60 @@ class VisionTokens:
 class Encoder:
     """How conversations become samples of at most `max_length` tokens.
 
+    `train_on` says which answers of a conversation are trained, unless their own switch is off.
     `vision` and `limits` are None for a model that reads text only; `template_options` go to every `render`.
     """
 
     template: Template
     max_length: int
     overlong: Overlong = "error"
+    train_on: TrainOn = "all"
     vision: VisionTokens | None = None
     limits: ImageLimits | None = None
     template_options: Mapping[str, Any] = field(default_factory=dict)
 
-    def encode(self, conversation: Conversation, where: str, folder: Path | None = None) -> Sample | Skipped:
+    def encode(
+        self, conversation: Conversation, where: str, folder: Path | None = None
+    ) -> list[Sample | Skipped]:
         """Encode one conversation; relative image paths start from `folder`.
 
-        Returns Skipped only for a conversation that is too long under `skip` or `truncate`; everything else
-        that is wrong with it raises BadRecord (a DataError) naming `where`.
+        Gives several samples where the chat format cannot train all answers in one sequence (`split.py`), and
+        Skipped only for what is too long under `skip` or `truncate`; everything else that is wrong raises
+        BadRecord (a DataError) naming `where`.
         """
         if not conversation.messages or conversation.messages[-1].role != "assistant":
             raise BadRecord(
                 "no answer", f"{where}: the last message must be the assistant's, it is what is trained"
             )
+        if self.train_on == "last":
+            conversation = last_answer_only(conversation)
         pictures = self._pictures(conversation, where, folder)
         rendered = self._render(conversation, pictures, where)
+        if not rendered.untrained_turns:
+            return [self._fitted(conversation, pictures, rendered, where)]
+        pieces = list(self._pieces(conversation, pictures, where))
+        results = [self._fitted(*piece) for piece in pieces]
+        if self.overlong == "truncate":
+            return _cut_behind_last(results, [len(piece[0].messages) for piece in pieces], where)
+        return results
+
+    def _pieces(
+        self, conversation: Conversation, pictures: Sequence[Picture], where: str
+    ) -> Iterator[tuple[Conversation, Sequence[Picture], Rendered, str]]:
+        """The arguments of `_fitted` for each sample of a conversation that one sequence cannot train."""
+        for exchange in exchanges(conversation):
+            rendered = self._render(exchange, pictures[: len(exchange.images)], where)
+            if not rendered.untrained_turns:
+                seen = pictures[: len(exchange.images)]
+                yield exchange, seen, rendered, _up_to(exchange, conversation, where)
+                continue
+            for part in single_answers(exchange):
+                seen = pictures[: len(part.images)]
+                yield part, seen, self._render(part, seen, where), _up_to(part, conversation, where)
+
+    def _fitted(
+        self, conversation: Conversation, pictures: Sequence[Picture], rendered: Rendered, where: str
+    ) -> Sample | Skipped:
         if len(rendered.ids) > self.max_length:
             return self._too_long(conversation, pictures, len(rendered.ids), where)
         if not trained_tokens(rendered):
@@ -146,7 +192,7 @@ class Encoder:
             sample = self._truncated(conversation, pictures, where)
             if sample is not None:
                 return sample
-            message += ", and so is its first turn"
+            message += ", and none of its turns fits"
         return Skipped(where, "too long", message)
 
     def _truncated(
@@ -207,62 +253,120 @@ class Picture:
     grid: tuple[int, int, int]
 
 
+def _cut_behind_last(
+    results: Sequence[Sample | Skipped], ends: Sequence[int], where: str
+) -> list[Sample | Skipped]:
+    """What is left of a split conversation whose longer pieces do not fit: the last that does tells of it."""
+    kept = [(result, end) for result, end in zip(results, ends, strict=True) if isinstance(result, Sample)]
+    if not kept:
+        return [results[-1]]
+    last, end = kept[-1]
+    return [*(result for result, _ in kept[:-1]), replace(last, where=where, cut=last.cut + ends[-1] - end)]
+
+
+def _up_to(part: Conversation, whole: Conversation, where: str) -> str:
+    """The name of a sample that is the beginning of a record."""
+    end = len(part.messages)
+    return where if end == len(whole.messages) else f"{where}: up to messages[{end - 1}]"
+
+
 def trained_tokens(rendered: Rendered) -> int:
     """How many tokens have a target; the first token of a sample is never predicted."""
     return sum(label != IGNORE for label in rendered.labels[1:])
 
 
 class Records(Generic[S_co]):
-    """All records of some sources, one after the other, encoded on demand by `encode` of a subclass."""
+    """All records of some sources, numbered one after the other and encoded on demand by a subclass.
 
-    def __init__(self, sources: Sequence[Source], on_error: Literal["error", "skip"] = "error") -> None:
+    Without `weights` an epoch takes every record once; with them (one for each source) it takes the sources
+    in turn, in proportion.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        on_error: Literal["error", "skip"] = "error",
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        assert weights is None or len(weights) == len(sources), "one weight for each source"
         self.sources = list(sources)
         self.on_error = on_error
+        self.weights = weights
         self._ends = np.cumsum([len(source) for source in self.sources], dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self.sources else 0
 
     def __getitem__(self, index: int) -> S_co | Skipped:
+        """The first sample of record `index`, for most records the only one."""
+        return self.samples(index)[0]
+
+    def samples(self, index: int) -> list[S_co | Skipped]:
         """Encode record `index`; a bad one raises DataError, or is Skipped under `on_error: skip`."""
-        source, row = self.locate(index)
+        number, row = self._locate(index)
         try:
-            return self.encode(source, row)
+            return self.encode(number, row)
         except BadRecord as error:
             if self.on_error == "error":
                 raise
-            return Skipped(source.where(row), error.reason, str(error))
+            return [Skipped(self.sources[number].where(row), error.reason, str(error))]
+
+    def order(self, seed: int | None, epoch: int) -> NDArray[np.int64]:
+        """The records of one epoch, int64 [len(self)]; no seed, no shuffling."""
+        if self.weights is None:
+            return epoch_order(len(self), seed, epoch)
+        return interleaved_order([len(source) for source in self.sources], self.weights, seed, epoch)
 
     def locate(self, index: int) -> tuple[Source, int]:
         """The source of record `index`, and its index there."""
+        number, row = self._locate(index)
+        return self.sources[number], row
+
+    def _locate(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = int(np.searchsorted(self._ends, index, side="right"))
-        first = int(self._ends[number - 1]) if number else 0
-        return self.sources[number], index - first
+        return number, index - (int(self._ends[number - 1]) if number else 0)
 
-    def encode(self, source: Source, row: int) -> S_co | Skipped:
-        """One record of a source; BadRecord when it cannot be used."""
+    def encode(self, number: int, row: int) -> list[S_co | Skipped]:
+        """The samples of one record of source `number`; BadRecord when it cannot be used."""
         raise NotImplementedError
 
 
 class Dataset(Records[Sample]):
-    """Conversations."""
+    """Conversations; `form` is the records' form, None to recognise it for each source by itself."""
 
     def __init__(
-        self, sources: Sequence[Source], encoder: Encoder, on_error: Literal["error", "skip"] = "error"
+        self,
+        sources: Sequence[Source],
+        encoder: Encoder,
+        on_error: Literal["error", "skip"] = "error",
+        form: Form | None = None,
+        weights: Sequence[float] | None = None,
     ) -> None:
-        super().__init__(sources, on_error)
+        super().__init__(sources, on_error, weights)
         self.encoder = encoder
+        self.forms = [form or form_of_source(source) for source in self.sources]
 
-    def encode(self, source: Source, row: int) -> Sample | Skipped:
-        """One conversation; BadRecord when it cannot be used."""
-        where = source.where(row)
+    def conversation(self, index: int) -> Conversation:
+        """Record `index`, parsed; BadRecord names its line."""
+        number, row = self._locate(index)
+        return self._conversation(number, row)
+
+    def encode(self, number: int, row: int) -> list[Sample | Skipped]:
+        """The samples of one conversation; BadRecord when it cannot be used."""
+        source = self.sources[number]
+        conversation = self._conversation(number, row)
+        return self.encoder.encode(conversation, source.where(row), source.folder)
+
+    def _conversation(self, number: int, row: int) -> Conversation:
+        source = self.sources[number]
         try:
-            conversation = to_conversation(source.read(row), where)
+            return to_conversation(source.read(row), source.where(row), self.forms[number])
+        except FieldError as error:
+            raise BadRecord("malformed", str(error), error.path) from error
         except DataError as error:
             raise BadRecord("malformed", str(error)) from error
-        return self.encoder.encode(conversation, where, source.folder)
 
 
 @dataclass

@@ -1,246 +1,80 @@
-"""Record files: JSON lines, JSON arrays, parquet and folders saved by `datasets`, read by index.
-
-A source keeps where every record lies, never the parsed records: 24 bytes a record, whatever its size.
-"""
+"""Record forms: recognised by their keys, and turned into conversations."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
+from ernietune.data.dialogues import ANSWER_KEYS, QUESTION_KEYS, from_alpaca, from_messages, from_sharegpt
+from ernietune.data.erniekit import from_src_tgt, from_text_info
+from ernietune.data.sources import Source
 from ernietune.errors import DataError
-from ernietune.text.messages import Conversation, parse_conversation
+from ernietune.text.fields import Field
+from ernietune.text.messages import Conversation
 
-BOM = b"\xef\xbb\xbf"
-
-
-class Source(Protocol):
-    """One readable data set: records by index, each with a name for messages."""
-
-    @property
-    def folder(self) -> Path:
-        """The folder relative image paths start from."""
-
-    def __len__(self) -> int: ...
-
-    def where(self, index: int) -> str:
-        """`file:line`, or `file: row N` for a table."""
-
-    def read(self, index: int) -> object:
-        """Parse record `index`; DataError names file, line and column."""
+Form = Literal["messages", "erniekit", "alpaca", "sharegpt", "preference"]
+PROBED = 100  # records looked at to find a file's form: the first ones may be broken
 
 
-@dataclass(frozen=True, eq=False)
-class JsonSource:
-    """Records of one JSON file, found by their byte offsets and parsed on demand.
+def to_conversation(record: object, where: str, form: Form | None = None) -> Conversation:
+    """Turn a parsed record into a conversation; without `form` the record's own keys decide.
 
-    `starts`, `ends`, `lines` are int64 [records]; each read opens the file, so threads need no lock.
+    DataError names `where`, the field and what is wrong with it.
     """
+    form = form or form_of(record) or "messages"
+    return _CONVERSIONS[form](Field(where, "", record))
 
-    path: Path
-    starts: NDArray[np.int64]
-    ends: NDArray[np.int64]
-    lines: NDArray[np.int64]
 
-    @property
-    def folder(self) -> Path:
-        """The folder of the file."""
-        return self.path.parent
+def form_of(record: object) -> Form | None:
+    """The form whose characteristic keys a record has; None when there are none."""
+    if not isinstance(record, dict):
+        return None
+    keys = set(record)
+    if keys & {"text_info", "src"}:
+        return "erniekit"
+    if keys & {"chosen", "rejected"}:
+        return "preference"
+    if "conversations" in keys:
+        return "sharegpt"
+    if "messages" in keys:
+        return "messages"
+    return "alpaca" if keys & {*QUESTION_KEYS} and keys & {*ANSWER_KEYS} else None
 
-    def __len__(self) -> int:
-        return len(self.starts)
 
-    def where(self, index: int) -> str:
-        """`file:line` of the record's first character."""
-        return f"{self.path}:{self.lines[index]}"
+def is_pair(record: object, form: Form) -> bool:
+    """Whether a record of a file of this form is a preference pair."""
+    is_ranked = form == "erniekit" and isinstance(record, dict) and "response" in record
+    return form == "preference" or is_ranked
 
-    def read(self, index: int) -> object:
-        """Parse one record; DataError when its bytes are not one JSON value in UTF-8."""
-        with open(self.path, "rb") as handle:
-            handle.seek(int(self.starts[index]))
-            raw = handle.read(int(self.ends[index] - self.starts[index]))
+
+def form_of_source(source: Source) -> Form:
+    """The form of a whole file: that of its first record which has one."""
+    for index in range(min(len(source), PROBED)):
         try:
-            return json.loads(raw.decode("utf-8"))
-        except json.JSONDecodeError as error:
-            line = int(self.lines[index]) + error.lineno - 1
-            raise DataError(
-                f"{self.path}:{line}: column {error.colno}: not valid JSON ({error.msg}); "
-                "every line must hold one complete JSON object"
-            ) from error
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{self.where(index)}: byte {error.start + 1} of the record is not UTF-8; save it as UTF-8"
-            ) from error
+            form = form_of(source.read(index))
+        except DataError:
+            continue  # whoever reads the record says what is wrong with it
+        if form is not None:
+            return form
+    return "messages"
 
 
-@dataclass(frozen=True, eq=False)
-class TableSource:
-    """Rows of a memory-mapped `datasets.Dataset`."""
-
-    path: Path
-    table: Any
-
-    @property
-    def folder(self) -> Path:
-        """The folder that holds the parquet file or the saved folder."""
-        return self.path.parent
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def where(self, index: int) -> str:
-        """`file: row N`, counted from 0."""
-        return f"{self.path}: row {index}"
-
-    def read(self, index: int) -> object:
-        """One row as plain Python values, without the nulls Arrow writes for absent fields."""
-        return without_nulls(self.table[index])
+def _from_erniekit(root: Field) -> Conversation:
+    if not isinstance(root.value, dict):
+        root.wrong_type("an object")
+    if "response" in root.value:
+        return _refuse_pair(root)
+    return from_text_info(root) if "text_info" in root.value else from_src_tgt(root)
 
 
-def open_source(path: str | Path) -> Source:
-    """Index one file or folder; DataError when it is missing, empty or of an unknown kind."""
-    path = Path(path)
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
-    if path.is_dir():
-        source: Source = _open_saved_folder(path)
-    elif path.suffix == ".jsonl":
-        source = _index_lines(path)
-    elif path.suffix == ".json":
-        source = _index_array(path)
-    elif path.suffix == ".parquet":
-        source = _open_parquet(path)
-    else:
-        raise DataError(
-            f"{path}: unknown kind of data; give a .jsonl, .json or .parquet file, or a folder that "
-            "`datasets` saved"
-        )
-    if len(source) == 0:
-        raise DataError(f"{path}: holds no records")
-    return source
+def _refuse_pair(root: Field) -> Conversation:
+    root.fail("is a preference pair; train on it with a preference objective, or give conversations")
 
 
-def read_records(path: str | Path) -> Iterator[tuple[object, str]]:
-    """Every record of a file or folder in order, each with its `file:line`."""
-    source = open_source(path)
-    for index in range(len(source)):
-        yield source.read(index), source.where(index)
-
-
-def to_conversation(record: object, where: str) -> Conversation:
-    """Turn a parsed record into a conversation; every supported record format passes through here."""
-    return parse_conversation(record, where)
-
-
-def without_nulls(value: Any) -> Any:
-    """Drop dictionary keys whose value is None, at every depth: Arrow gives each row the keys of all rows."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
-
-
-def _index_lines(path: Path) -> JsonSource:
-    """Offsets of the non-blank lines."""
-    spans: list[tuple[int, int, int]] = []
-    offset = 0
-    with open(path, "rb") as handle:
-        for number, line in enumerate(handle, start=1):
-            lead = len(BOM) if number == 1 and line.startswith(BOM) else 0
-            if line[lead:].strip():
-                spans.append((offset + lead, offset + len(line.rstrip(b"\r\n")), number))
-            offset += len(line)
-    return _json_source(path, spans)
-
-
-def _index_array(path: Path) -> JsonSource:
-    """Offsets of the elements of one top-level array; the file is read once, element by element."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
-    try:
-        spans = _element_spans(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}:{error.lineno}: column {error.colno}: not valid JSON ({error.msg}); "
-            "a .json file must hold one array of records"
-        ) from error
-    lead = len(BOM) if path.read_bytes().startswith(BOM) else 0
-    return _json_source(path, [(a + lead, b + lead, line) for a, b, line in _to_bytes(text, spans)])
-
-
-def _element_spans(text: str) -> list[tuple[int, int]]:
-    """(first, end) character of every element of the array `text`; JSONDecodeError when it is none."""
-    decoder = json.JSONDecoder()
-    spans: list[tuple[int, int]] = []
-    position = _skip_space(text, 0)
-    if text[position : position + 1] != "[":
-        raise json.JSONDecodeError("Expecting '['", text, position)
-    position = _skip_space(text, position + 1)
-    while text[position : position + 1] != "]" or spans:
-        _, end = decoder.raw_decode(text, position)
-        spans.append((position, end))
-        position = _skip_space(text, end)
-        if text[position : position + 1] == "]":
-            break
-        if text[position : position + 1] != ",":
-            raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-        position = _skip_space(text, position + 1)
-    tail = _skip_space(text, position + 1)
-    if tail != len(text):
-        raise json.JSONDecodeError("Extra data", text, tail)
-    return spans
-
-
-def _skip_space(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position
-
-
-def _to_bytes(text: str, spans: list[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
-    """Character spans in order -> (first byte, end byte, line) without encoding the text again for each."""
-    characters, offset, line = 0, 0, 1
-    for first, end in spans:
-        between, inside = text[characters:first], text[first:end]
-        start = offset + len(between.encode("utf-8"))
-        line += between.count("\n")
-        offset = start + len(inside.encode("utf-8"))
-        yield start, offset, line
-        line += inside.count("\n")
-        characters = end
-
-
-def _json_source(path: Path, spans: list[tuple[int, int, int]]) -> JsonSource:
-    table = np.array(spans, dtype=np.int64).reshape(-1, 3)
-    return JsonSource(path, table[:, 0].copy(), table[:, 1].copy(), table[:, 2].copy())
-
-
-def _open_parquet(path: Path) -> TableSource:
-    import datasets
-    from datasets.exceptions import DatasetGenerationError
-
-    try:
-        return TableSource(path, datasets.Dataset.from_parquet(str(path)))
-    except (DatasetGenerationError, OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as parquet ({error})") from error
-
-
-def _open_saved_folder(path: Path) -> TableSource:
-    import datasets
-
-    try:
-        table = datasets.load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: is not a folder saved by `datasets` (save_to_disk): {error}") from error
-    if isinstance(table, datasets.DatasetDict):
-        raise DataError(f"{path}: holds the splits {', '.join(table)}; give the folder of one of them")
-    return TableSource(path, table)
+_CONVERSIONS: dict[Form, Callable[[Field], Conversation]] = {
+    "messages": from_messages,
+    "erniekit": _from_erniekit,
+    "alpaca": from_alpaca,
+    "sharegpt": from_sharegpt,
+    "preference": _refuse_pair,
+}

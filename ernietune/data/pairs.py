@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from ernietune.data.collate import Batch
 from ernietune.data.dataset import BadRecord, Encoder, Picture, Records, Sample, Skipped, trained_tokens
-from ernietune.data.formats import Source
 from ernietune.data.preference import EqualAnswers, PreferencePair, to_pair
+from ernietune.data.sources import Source
 from ernietune.errors import DataError
+from ernietune.text.fields import FieldError
 from ernietune.text.messages import Conversation, Message
 from ernietune.text.template import IGNORE, Rendered
 
@@ -153,30 +154,38 @@ class PairDataset(Records[Pair]):
     """Preference pairs; with a `reference`, each carries its log-probabilities."""
 
     def __init__(
-        self, sources: Sequence[Source], encoder: PairEncoder, on_error: Literal["error", "skip"] = "error"
+        self,
+        sources: Sequence[Source],
+        encoder: PairEncoder,
+        on_error: Literal["error", "skip"] = "error",
+        weights: Sequence[float] | None = None,
     ) -> None:
-        super().__init__(sources, on_error)
+        super().__init__(sources, on_error, weights)
         self.encoder = encoder
         self.reference: Reference | None = None
 
-    def __getitem__(self, index: int) -> Pair | Skipped:
+    def samples(self, index: int) -> list[Pair | Skipped]:
         """Encode record `index`; a bad one raises DataError, or is Skipped under `on_error: skip`."""
-        found = super().__getitem__(index)
-        if isinstance(found, Skipped):
-            return found
-        pair = replace(found, record=index)
+        found = super().samples(index)
+        return [entry if isinstance(entry, Skipped) else self._numbered(entry, index) for entry in found]
+
+    def _numbered(self, pair: Pair, record: int) -> Pair:
+        pair = replace(pair, record=record)
         return pair if self.reference is None else replace(pair, reference=self.reference.of(pair))
 
-    def encode(self, source: Source, row: int) -> Pair | Skipped:
-        """One pair; BadRecord when it cannot be used."""
+    def encode(self, number: int, row: int) -> list[Pair | Skipped]:
+        """The pair of one record; BadRecord when it cannot be used."""
+        source = self.sources[number]
         where = source.where(row)
         try:
             pair = to_pair(source.read(row), where)
         except EqualAnswers as error:
             raise BadRecord("equal answers", str(error)) from error
+        except FieldError as error:
+            raise BadRecord("malformed", str(error), error.path) from error
         except DataError as error:
             raise BadRecord("malformed", str(error)) from error
-        return self.encoder.encode_pair(pair, where, source.folder)
+        return [self.encoder.encode_pair(pair, where, source.folder)]
 
 
 @dataclass(frozen=True, eq=False)

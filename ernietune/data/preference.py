@@ -5,16 +5,44 @@ The canonical record is our messages form with the two answers beside the prompt
     {"messages": [..., {"role": "user", ...}], "tools"?: [...],
      "chosen": {"role": "assistant", ...}, "rejected": {"role": "assistant", ...}, "score_gap"?: 1.5}
 
-An answer that is nothing but text may be given as a string.
+Recognised as well: `prompt` (text or messages) with answers as text or messages; answers that repeat the
+prompt in front of them; alpaca and sharegpt prompts; ERNIEKit's src, tgt, response and sort. Images are parts
+of the prompt, or `images` with marks in its text.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ernietune.data.dialogues import (
+    QUESTION_KEYS,
+    alpaca_prompt,
+    messages_of,
+    sharegpt_message,
+    sharegpt_messages,
+)
+from ernietune.data.erniekit import prompt_of_pair
+from ernietune.data.turns import (
+    MEDIA_KEYS,
+    WITHOUT_EFFECT,
+    message,
+    system_of,
+    text_of,
+    tools_of,
+    with_images,
+)
 from ernietune.errors import DataError
 from ernietune.text.fields import Field
 from ernietune.text.messages import Conversation, Message, conversation_of
+
+_KEYS = (
+    *("messages", "prompt", "conversations", "chosen", "rejected", "tools", "system", "score_gap"),
+    *("src", "tgt", "response", "sort", "is_system"),
+    *("instruction", "question", "query", "input", "history"),
+    *MEDIA_KEYS,
+    *WITHOUT_EFFECT,
+)
 
 
 class EqualAnswers(DataError):
@@ -35,23 +63,83 @@ class PreferencePair:
 
 
 def to_pair(record: object, where: str) -> PreferencePair:
-    """A parsed record -> a pair; DataError names `where` and the field."""
+    """A parsed record of any of the forms above -> a pair; DataError names `where` and the field."""
     root = Field(where, "", record)
-    entries = root.entries(("messages", "tools", "chosen", "rejected", "score_gap"))
-    messages = root.required(entries, "messages").items()
-    tools = entries["tools"].items() if "tools" in entries else []
-    answers = {key: _as_message(root.required(entries, key)) for key in ("chosen", "rejected")}
-    dialogues = [conversation_of([*messages, answer], tools) for answer in answers.values()]
-    prompt = Conversation(dialogues[0].messages[:-1], dialogues[0].tools)
-    chosen, rejected = (dialogue.messages[-1] for dialogue in dialogues)
-    pair = PreferencePair(prompt, chosen, rejected, _gap(entries))
-    return _checked(pair, entries["messages"], answers)
+    entries = root.entries(_KEYS)
+    prompt, chosen, rejected = _apart(root, entries)
+    prompt, tools = with_images(prompt, entries), tools_of(entries)
+    dialogues = [conversation_of([*prompt, answer], tools) for answer in (chosen, rejected)]
+    answers = [dialogue.messages[-1] for dialogue in dialogues]
+    asked = Conversation(dialogues[0].messages[:-1], dialogues[0].tools)
+    pair = PreferencePair(asked, answers[0], answers[1], _gap(entries))
+    _check(pair, root, chosen, rejected)
+    return pair
 
 
-def _as_message(answer: Field) -> Field:
-    if not isinstance(answer.value, str):
-        return answer
-    return Field(answer.where, answer.path, {"role": "assistant", "content": answer.value})
+def _apart(root: Field, entries: dict[str, Field]) -> tuple[list[Field], Field, Field]:
+    """(prompt, chosen, rejected) as message objects."""
+    if "response" in entries:
+        return prompt_of_pair(root, entries), *_ranked(root, entries)
+    chosen, rejected = (root.required(entries, key) for key in ("chosen", "rejected"))
+    if not {"messages", "prompt", "conversations", *QUESTION_KEYS} & entries.keys():
+        return _shared_prompt(chosen, rejected, system_of(entries))
+    return _prompt(root, entries), _answer(chosen), _answer(rejected)
+
+
+def _prompt(root: Field, entries: dict[str, Field]) -> list[Field]:
+    if "messages" in entries:
+        return messages_of(root, entries)
+    if "conversations" in entries:
+        return sharegpt_messages(root, entries)
+    if "prompt" in entries and isinstance(entries["prompt"].value, list):
+        return [*system_of(entries), *entries["prompt"].items()]
+    return alpaca_prompt(root, entries)
+
+
+def _answer(field: Field) -> Field:
+    """An answer given as text, as a message, as a list of one message, or in sharegpt's words."""
+    if isinstance(field.value, str):
+        return message(field, "assistant", text_of(field))
+    if isinstance(field.value, list):
+        messages = field.items()
+        if len(messages) != 1:
+            field.fail(f"has {len(messages)} messages; expected the one message that answers the prompt")
+        return messages[0]
+    is_sharegpt = isinstance(field.value, dict) and "from" in field.value
+    return sharegpt_message(field) if is_sharegpt else field
+
+
+def _shared_prompt(chosen: Field, rejected: Field, system: list[Field]) -> tuple[list[Field], Field, Field]:
+    """Both answers are whole dialogues that differ in their last message only."""
+    dialogues = [field.items() for field in (chosen, rejected)]
+    if any(len(dialogue) < 2 for dialogue in dialogues):
+        chosen.fail("holds no prompt, and the record has none; give 'messages' or 'prompt'")
+    prompts = [[item.value for item in dialogue[:-1]] for dialogue in dialogues]
+    if prompts[0] != prompts[1]:
+        rejected.fail("does not begin with the same messages as chosen; only the last one may differ")
+    return [*system, *dialogues[0][:-1]], dialogues[0][-1], dialogues[1][-1]
+
+
+def _ranked(root: Field, entries: dict[str, Field]) -> tuple[Field, Field]:
+    """ERNIEKit's two responses, the one of higher rank first."""
+    responses, ranks = entries["response"].items(), root.required(entries, "sort").items()
+    if len(responses) != 2 or len(ranks) != 2:
+        root.fail(f"response and sort have {len(responses)} and {len(ranks)} entries; expected two of each")
+    numbers = [rank.value for rank in ranks]
+    for rank in ranks:
+        if type(rank.value) not in (int, float):
+            rank.wrong_type("a number")
+    if numbers[0] == numbers[1]:
+        entries["sort"].fail(f"is {numbers}; the two ranks must differ, the higher one is chosen")
+    first, second = (_single(response) for response in responses)
+    return (first, second) if float(str(numbers[0])) > float(str(numbers[1])) else (second, first)
+
+
+def _single(response: Field) -> Field:
+    texts: Sequence[Field] = [response] if isinstance(response.value, str) else response.items()
+    if len(texts) != 1:
+        response.fail(f"has {len(texts)} turns; only single answers can be compared, so put the rest in src")
+    return message(texts[0], "assistant", text_of(texts[0]).strip())
 
 
 def _gap(entries: dict[str, Field]) -> float | None:
@@ -66,13 +154,13 @@ def _gap(entries: dict[str, Field]) -> float | None:
     return float(value)
 
 
-def _checked(pair: PreferencePair, messages: Field, answers: dict[str, Field]) -> PreferencePair:
+def _check(pair: PreferencePair, root: Field, chosen: Field, rejected: Field) -> None:
     if not pair.prompt.messages or pair.prompt.messages[-1].role not in ("user", "tool"):
-        messages.fail("must end with a user message, which the two answers reply to")
-    for key, message in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        if message.role != "assistant":
-            answers[key].fail(f"is a message of role {message.role!r}; expected an assistant message")
+        root.fail("the prompt must end with a user message, which the two answers reply to")
+    for field, answer in ((chosen, pair.chosen), (rejected, pair.rejected)):
+        if answer.role != "assistant":
+            field.fail(f"is a message of role {answer.role!r}; expected an assistant message")
     if pair.chosen == pair.rejected:
-        where = answers["rejected"].where
-        raise EqualAnswers(f"{where}: rejected is the same as chosen; a pair needs two different answers")
-    return pair
+        raise EqualAnswers(
+            f"{root.where}: rejected is the same as chosen; a pair needs two different answers"
+        )

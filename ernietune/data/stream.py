@@ -10,7 +10,6 @@ from itertools import count, islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ernietune.data.collate import Batch, collate
 from ernietune.data.dataset import DropLog, Records, Skipped
@@ -44,14 +43,6 @@ class StreamOptions:
         return self.seed if self.shuffle else None
 
 
-def epoch_order(length: int, seed: int | None, epoch: int) -> NDArray[np.int64]:
-    """The order of `length` records in one epoch, from these three numbers only; no seed, no shuffling."""
-    if seed is None:
-        return np.arange(length)
-    # Raw bits and a stable sort stay the same in every numpy release; `permutation` is not promised to.
-    return np.argsort(np.random.PCG64([seed, epoch]).random_raw(length), kind="stable")
-
-
 def ordered_map(function: Callable[[A], B], items: Iterable[A], workers: int) -> Iterator[B]:
     """`map` with `workers` threads that run a bounded number of items ahead; the order is kept."""
     if workers == 0:
@@ -69,33 +60,43 @@ def ordered_map(function: Callable[[A], B], items: Iterable[A], workers: int) ->
                 future.cancel()
 
 
-def sample_lengths(dataset: Records[Any], workers: int = 0) -> NDArray[np.int64]:
-    """Tokens of every sample, int64 [records], 0 for a skipped record; encodes the whole data set once."""
-    results = ordered_map(dataset.__getitem__, range(len(dataset)), workers)
-    return np.array([0 if isinstance(result, Skipped) else len(result) for result in results], dtype=np.int64)
+def sample_lengths(dataset: Records[Any], workers: int = 0) -> list[list[int]]:
+    """Tokens of the samples of every record; encodes the whole data set once."""
+    results = ordered_map(dataset.samples, range(len(dataset)), workers)
+    return [[len(sample) for sample in samples if not isinstance(sample, Skipped)] for samples in results]
 
 
-def count_batches(lengths: NDArray[np.int64], options: StreamOptions) -> int:
-    """How many micro-batches a Stream over samples of these lengths yields in `options.epochs` epochs."""
+def count_batches(dataset: Records[Any], lengths: Sequence[Sequence[int]], options: StreamOptions) -> int:
+    """How many micro-batches a Stream over records of these lengths yields in `options.epochs` epochs."""
     assert options.epochs is not None, "an endless stream has no count"
-    rows = sum(len(_epoch_rows(lengths, options, epoch)) for epoch in range(options.epochs))
+    rows = sum(_epoch_rows(dataset, lengths, options, epoch) for epoch in range(options.epochs))
     return -(-rows // options.rows)
 
 
-def _epoch_rows(lengths: NDArray[np.int64], options: StreamOptions, epoch: int) -> list[list[int]]:
-    records = len(lengths)
-    first = (options.rank - epoch * records) % options.world
-    mine = epoch_order(records, options.order_seed, epoch)[first :: options.world]
-    sizes = [(int(index), int(lengths[index])) for index in mine if lengths[index]]
-    return list(pack(sizes, options.max_length, options.buffer if options.packing else 0))
+def _epoch_rows(
+    dataset: Records[Any], lengths: Sequence[Sequence[int]], options: StreamOptions, epoch: int
+) -> int:
+    first = (options.rank - epoch * len(lengths)) % options.world
+    mine = dataset.order(options.order_seed, epoch)[first :: options.world]
+    sizes = ((index, length) for index in mine for length in lengths[index])
+    return sum(1 for _ in pack(sizes, options.max_length, options.buffer if options.packing else 0))
+
+
+@dataclass(frozen=True, eq=False)
+class _Placed(Generic[S]):
+    """A sample, its record's position and its number among the record's samples."""
+
+    position: int
+    part: int
+    sample: S
 
 
 class Stream(Generic[S]):
     """Iterator over micro-batches of a data set; `collate` makes one of rows of samples.
 
     Records are numbered through all epochs: position p is record `p % n` of the order of epoch `p // n`, and
-    rank r of w takes the positions p with p % w == r. A row never mixes two epochs. `log` collects what was
-    left out.
+    rank r of w takes the positions p with p % w == r. A record gives one sample or several. A row never mixes
+    two epochs. `log` collects what was left out.
 
     With `workers` above 0 that many threads encode ahead: Pillow releases the interpreter lock while it
     decodes and resizes, and threads share the tokenizer, which processes would copy.
@@ -116,8 +117,9 @@ class Stream(Generic[S]):
         self.rows = 0
         self.tokens = 0
         self._next = options.rank  # the next position to pack
-        self._packer: Packer[tuple[int, S]] = self._new_packer()
-        self._results: Iterator[tuple[int, S | Skipped]] | None = None
+        self._packer: Packer[_Placed[S]] = self._new_packer()
+        self._waiting: deque[_Placed[S]] = deque()  # samples of the last record that was read
+        self._results: Iterator[tuple[int, list[S | Skipped]]] | None = None
         self._order = (-1, np.empty(0, dtype=np.int64))
         self._in_vain = 0
 
@@ -152,7 +154,10 @@ class Stream(Generic[S]):
             "records": len(self.dataset),
             "options": self._fixed_options(),
             "next": self._next,
-            "open_rows": [[position for position, _ in row.items] for row in self._packer.rows],
+            "waiting": [[placed.position, placed.part] for placed in self._waiting],
+            "open_rows": [
+                [[placed.position, placed.part] for placed in row.items] for row in self._packer.rows
+            ],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -174,55 +179,61 @@ class Stream(Generic[S]):
         self.close()
         self._next = state["next"]
         self._packer = self._new_packer()
-        for positions in state["open_rows"]:
-            samples = [self._load_again(position) for position in positions]
-            self._packer.reopen([((position, sample), len(sample)) for position, sample in samples])
+        self._waiting = deque(self._load_again(*place) for place in state["waiting"])
+        for places in state["open_rows"]:
+            row = [self._load_again(*place) for place in places]
+            self._packer.reopen([(placed, len(placed.sample)) for placed in row])
 
     def _fixed_options(self) -> dict[str, Any]:
-        values = asdict(self.options)
+        weights = self.dataset.weights
+        values = {**asdict(self.options), "weights": None if weights is None else list(weights)}
         return {key: values[key] for key in values if key not in ("workers", "epochs")}
 
-    def _new_packer(self) -> Packer[tuple[int, S]]:
+    def _new_packer(self) -> Packer[_Placed[S]]:
         return Packer(self.options.max_length, self.options.buffer if self.options.packing else 0)
 
     def _next_row(self) -> list[S] | None:
         """The next full row; None after the last epoch."""
         while True:
-            if self._epoch_is_over():
-                return self._taken(self._packer.pop())
-            if self.options.epochs is not None and self._next // len(self.dataset) >= self.options.epochs:
-                return None
-            position, result = self._read()
-            if not isinstance(result, Skipped):
-                row = self._packer.add((position, result), len(result))
+            if self._waiting:
+                placed = self._waiting.popleft()
+                row = self._packer.add(placed, len(placed.sample))
                 if row is not None:
                     return self._taken(row)
+            elif self._epoch_is_over():
+                return self._taken(self._packer.pop())
+            elif self.options.epochs is not None and self._next // len(self.dataset) >= self.options.epochs:
+                return None
+            else:
+                self._read()
 
     def _epoch_is_over(self) -> bool:
         """True when samples of an earlier epoch than the next one's still wait in open rows."""
         records = len(self.dataset)
         rows = self._packer.rows
-        return bool(rows) and rows[0].items[0][0] // records < self._next // records
+        return bool(rows) and rows[0].items[0].position // records < self._next // records
 
-    def _taken(self, row: list[tuple[int, S]] | None) -> list[S]:
+    def _taken(self, row: list[_Placed[S]] | None) -> list[S]:
         assert row is not None
-        samples = [sample for _, sample in row]
+        samples = [placed.sample for placed in row]
         self.rows += 1
         self.tokens += sum(len(sample) for sample in samples)
         return samples
 
-    def _read(self) -> tuple[int, S | Skipped]:
-        """Encode the next position, or take it from the threads."""
+    def _read(self) -> None:
+        """Encode the record at the next position, or take it from the threads; its samples then wait."""
         if self._results is None:
             self._results = ordered_map(self._load, self._positions(self._next), self.options.workers)
-        position, result = next(self._results)
+        position, results = next(self._results)
         self._next = position + self.options.world
-        self.log.note(result)
-        self._in_vain = self._in_vain + 1 if isinstance(result, Skipped) else 0
+        for part, result in enumerate(results):
+            self.log.note(result)
+            if not isinstance(result, Skipped):
+                self._waiting.append(_Placed(position, part, result))
+        self._in_vain = 0 if self._waiting else self._in_vain + 1
         # With a usable record the longest run of others ends one epoch and begins the next.
         if self._in_vain > 2 * (len(self.dataset) - 1):
             raise DataError(f"none of the {len(self.dataset)} records can be used: {self.log.counts}")
-        return position, result
 
     def _positions(self, first: int) -> Iterator[tuple[int, int]]:
         """(position, record) of this rank from `first` on; runs in the consuming thread only."""
@@ -235,15 +246,17 @@ class Stream(Generic[S]):
     def _record(self, position: int) -> int:
         epoch, place = divmod(position, len(self.dataset))
         if self._order[0] != epoch:
-            self._order = (epoch, epoch_order(len(self.dataset), self.options.order_seed, epoch))
+            self._order = (epoch, self.dataset.order(self.options.order_seed, epoch))
         return int(self._order[1][place])
 
-    def _load(self, item: tuple[int, int]) -> tuple[int, S | Skipped]:
+    def _load(self, item: tuple[int, int]) -> tuple[int, list[S | Skipped]]:
         position, record = item
-        return position, self.dataset[record]
+        return position, self.dataset.samples(record)
 
-    def _load_again(self, position: int) -> tuple[int, S]:
-        _, sample = self._load((position, self._record(position)))
-        if isinstance(sample, Skipped):
-            raise DataError(f"the data cannot be resumed: {sample.detail}, which was usable before")
-        return position, sample
+    def _load_again(self, position: int, part: int) -> _Placed[S]:
+        _, results = self._load((position, self._record(position)))
+        result = results[part] if part < len(results) else None
+        if result is None or isinstance(result, Skipped):
+            reason = result.detail if result is not None else f"record {self._record(position)}"
+            raise DataError(f"the data cannot be resumed: {reason}, which was usable before")
+        return _Placed(position, part, result)

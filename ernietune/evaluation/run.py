@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ernietune.data.formats import open_source, to_conversation
+from ernietune.data.formats import to_conversation
+from ernietune.data.sources import open_source
 from ernietune.errors import DataError, RequestError
 from ernietune.evaluation.metrics import exact_match, wilson_interval
 from ernietune.infer.engine import Engine

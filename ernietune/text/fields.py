@@ -10,11 +10,19 @@ from typing import NoReturn
 from ernietune.errors import DataError
 
 
+class FieldError(DataError):
+    """A DataError that knows its field: `path` inside of the record, "" for the record itself."""
+
+    def __init__(self, message: str, path: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
 @dataclass(frozen=True)
 class Field:
     """One value: `where` is `file:line`, `path` the way to it inside of the record, "" for the record itself.
 
-    The readers below return what they name, or raise DataError with both.
+    The readers below return what they name, or raise FieldError, a DataError, with both.
     """
 
     where: str
@@ -22,11 +30,12 @@ class Field:
     value: object
 
     def fail(self, problem: str) -> NoReturn:
-        """Raise DataError: `file:line: path problem`."""
-        raise DataError(f"{self.where}: {self.path} {problem}" if self.path else f"{self.where}: {problem}")
+        """Raise FieldError: `file:line: path problem`."""
+        text = f"{self.path} {problem}" if self.path else problem
+        raise FieldError(f"{self.where}: {text}", self.path)
 
     def wrong_type(self, expected: str) -> NoReturn:
-        """Raise DataError that says what the value is and what it should be."""
+        """Raise FieldError that says what the value is and what it should be."""
         self.fail(f"is {_type_name(self.value)}; expected {expected}")
 
     def entries(self, known: Collection[str]) -> dict[str, Field]:

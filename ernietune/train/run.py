@@ -18,11 +18,11 @@ from ernietune.checkpoint import state
 from ernietune.checkpoint.adapter import save_adapter
 from ernietune.checkpoint.load import load_model, save_model
 from ernietune.checkpoint.processor import Processor
-from ernietune.config import Config, DataSection
+from ernietune.config import Config
+from ernietune.data.build import records_of
 from ernietune.data.collate import Batch
-from ernietune.data.dataset import Dataset, Encoder, VisionTokens
-from ernietune.data.formats import open_source
-from ernietune.data.pairs import PairDataset, PairEncoder, collate_pairs
+from ernietune.data.dataset import Dataset
+from ernietune.data.pairs import PairDataset, collate_pairs
 from ernietune.data.stream import Stream, StreamOptions, count_batches, sample_lengths
 from ernietune.errors import ConfigError, ErnietuneError
 from ernietune.lora import inject, unfreeze
@@ -42,8 +42,8 @@ def main(config: Config) -> Path:
     # 2. The checkpoint's words and pixels, then the data: mistakes there are found before weights are read.
     base = state.checkpoint_in(hub.resolve(config.model.path))
     processor = processor_of(config, base)
-    train_set = dataset(config, config.data.train, processor)
-    held_out = dataset(config, config.data.eval, processor) if config.data.eval else None
+    train_set = records_of(config, config.data.train, processor, config.data.weights or None)
+    held_out = records_of(config, config.data.eval, processor) if config.data.eval else None
     # 3. The model, and what of it trains.
     paddle.seed(config.train.seed)
     dtype = compute_dtype(config.model.dtype)
@@ -116,32 +116,6 @@ def needing_space(folder: Path) -> Iterator[None]:
 def processor_of(config: Config, base: Path) -> Processor:
     """Tokenizer, chat format and picture sizes of the base, with the configuration's overrides."""
     return Processor.load(base, None if config.model.template == "auto" else config.model.template)
-
-
-def dataset(config: Config, paths: list[str], processor: Processor) -> Dataset | PairDataset:
-    """The records of some files: conversations, or the pairs of preference tuning."""
-    sources, encoder = [open_source(path) for path in paths], encoder_of(config.data, processor)
-    if config.train.objective == "sft":
-        return Dataset(sources, encoder, config.data.on_error)  # type: ignore[arg-type]
-    ignore_eos, needs_gap = config.dpo.ignore_eos, config.dpo.offset_alpha > 0
-    pairs = PairEncoder(**vars(encoder), ignore_eos=ignore_eos, needs_score_gap=needs_gap)
-    return PairDataset(sources, pairs, config.data.on_error)  # type: ignore[arg-type]
-
-
-def encoder_of(data: DataSection, processor: Processor) -> Encoder:
-    """How a conversation becomes tokens and patches."""
-    model = processor.config
-    vision = None
-    if model.image_token_id is not None:
-        vision = VisionTokens(model.image_token_id, frozenset(model.vision_token_ids))
-    return Encoder(
-        template=processor.template,
-        max_length=data.max_length,
-        overlong=data.overlong,  # type: ignore[arg-type]
-        vision=vision,
-        limits=processor.limits_with(data.min_pixels, data.max_pixels),
-        template_options={"enable_thinking": data.enable_thinking, "train_all_turns": data.train_all_turns},
-    )
 
 
 def stream_of(records: Dataset | PairDataset, options: StreamOptions) -> Stream[Any]:
@@ -217,14 +191,16 @@ def total_steps(config: Config, train_set: Dataset | PairDataset, options: Strea
     assert config.train.epochs is not None
     console.print(f"reading {len(train_set)} records to count the steps of {config.train.epochs} epochs")
     lengths = sample_lengths(train_set, options.workers)
-    batches = count_batches(lengths, replace(options, epochs=config.train.epochs))
+    batches = count_batches(train_set, lengths, replace(options, epochs=config.train.epochs))
     return -(-batches // config.train.accumulation)
 
 
 def weights_writer(model: CausalLM, config: Config, base: Path) -> Callable[[Path], None]:
     """What a checkpoint holds: the adapter alone, or the whole model in the base's layout."""
     if config.lora.enabled:
-        return lambda folder: save_adapter(model, folder, str(base))
+        # A hub id stays one: the local copy of it is nobody else's path.
+        name = str(base) if Path(config.model.path).exists() else config.model.path
+        return lambda folder: save_adapter(model, folder, name)
     return lambda folder: save_model(model, folder, like=base)
 
 

@@ -9,7 +9,7 @@ and the output are kept for the backward pass.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -34,14 +34,26 @@ class _Block:
     bias: Tensor | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """Who sees whom, worked out once per batch and shared by all layers."""
+    """Who sees whom among the last `queries` of `keys` positions, shared by all layers of a forward."""
 
     queries: int
     keys: int
-    until: Tensor | None  # int32 [keys], kept for FlashMask
-    blocks: tuple[_Block, ...]
+    until: Tensor | None  # integer [keys]; None: every later query sees key j
+
+    @cached_property
+    def blocks(self) -> tuple[_Block, ...]:
+        """Blocks of queries with the keys they may see, worked out when a CPU first asks."""
+        until = np.full(self.keys, self.keys) if self.until is None else self.until.numpy()
+        offset = self.keys - self.queries
+        starts = range(0, self.queries, QUERY_BLOCK)
+        return tuple(_block(s, min(s + QUERY_BLOCK, self.queries), offset, until) for s in starts)
+
+    @cached_property
+    def flash_mask(self) -> Tensor | None:
+        """`until` in FlashMask's form: int32 [1, 1, keys, 1]."""
+        return None if self.until is None else self.until.astype("int32").reshape([1, 1, -1, 1])
 
 
 def _block(start: int, stop: int, offset: int, until: np.ndarray) -> _Block:
@@ -57,21 +69,12 @@ def _block(start: int, stop: int, offset: int, until: np.ndarray) -> _Block:
 
 @lru_cache(maxsize=8)
 def _plain_plan(queries: int, keys: int) -> AttentionPlan:
-    return _plan(queries, keys, np.full(keys, keys), None)
-
-
-def _plan(queries: int, keys: int, until: np.ndarray, on_device: Tensor | None) -> AttentionPlan:
-    starts = range(0, queries, QUERY_BLOCK)
-    offset = keys - queries
-    blocks = tuple(_block(s, min(s + QUERY_BLOCK, queries), offset, until) for s in starts)
-    return AttentionPlan(queries, keys, on_device, blocks)
+    return AttentionPlan(queries, keys, None)
 
 
 def causal_plan(queries: int, keys: int, until: Tensor | None = None) -> AttentionPlan:
     """The plan for the last `queries` of `keys` positions; `until` [keys]: by default unlimited."""
-    if until is None:
-        return _plain_plan(queries, keys)
-    return _plan(queries, keys, until.numpy(), until.astype("int32"))
+    return _plain_plan(queries, keys) if until is None else AttentionPlan(queries, keys, until)
 
 
 def _softmax_block(q: Tensor, k: Tensor, block: _Block, repeat: int) -> Tensor:
@@ -152,9 +155,9 @@ class _BlockAttention(PyLayer):
 
 
 def _flash_mask(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-    until = None if plan.until is None else plan.until.reshape([1, 1, -1, 1])
+    rows = plan.flash_mask
     output = F.flashmask_attention(
-        q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), startend_row_indices=until, causal=True
+        q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), startend_row_indices=rows, causal=True
     )
     return output.squeeze(0)
 

@@ -22,7 +22,7 @@ from letters import (
 )
 
 from ernietune.data.dataset import Dataset, DropLog, Encoder, Sample, Skipped
-from ernietune.data.formats import open_source
+from ernietune.data.sources import open_source
 from ernietune.errors import DataError
 from ernietune.text.messages import parse_conversation
 from ernietune.text.template import IGNORE, Rendered
@@ -178,7 +178,7 @@ def test_too_long_is_an_error_or_skipped_as_asked(tmp_path: Path) -> None:
     assert skipped.reason == "too long"
     nothing_fits = one(tmp_path, LONG, max_length=FIRST - 1, overlong="truncate")
     assert isinstance(nothing_fits, Skipped)
-    assert "first turn" in nothing_fits.detail
+    assert "none of its turns fits" in nothing_fits.detail
 
 
 def test_skipped_records_are_counted_and_named(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from ernietune.data.dataset import Dataset, Encoder, Sample, VisionTokens
-from ernietune.data.formats import open_source, read_records
+from ernietune.data.sources import open_source, read_records
 from ernietune.data.stream import Stream, StreamOptions
 from ernietune.media.image import ImageLimits
 from ernietune.text.template import IGNORE, Template

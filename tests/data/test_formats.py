@@ -1,128 +1,189 @@
+"""Conversions beyond what the bundled samples show; those are in test_samples.py."""
+
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ernietune.data.formats import open_source, read_records, without_nulls
+from ernietune.data.formats import form_of, form_of_source, to_conversation
+from ernietune.data.preference import to_pair
+from ernietune.data.sources import open_source
 from ernietune.errors import DataError
+from ernietune.text.messages import Conversation
 
 
-def test_json_lines_are_read_by_number_in_any_order(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes('{"n": 1}\n\n{"n": "中文"}\r\n   \n{"n": 3}'.encode())
-    source = open_source(path)
-    assert len(source) == 3
-    assert [source.read(index) for index in (2, 0, 1)] == [{"n": 3}, {"n": 1}, {"n": "中文"}]
-    assert [source.where(index) for index in range(3)] == [f"{path}:1", f"{path}:3", f"{path}:5"]
-    assert source.folder == tmp_path
-
-
-def test_a_byte_order_mark_is_no_part_of_the_record(tmp_path: Path) -> None:
-    lines, array = tmp_path / "a.jsonl", tmp_path / "a.json"
-    lines.write_bytes(b'\xef\xbb\xbf{"n": 1}\n{"n": 2}\n')
-    array.write_bytes(b'\xef\xbb\xbf[{"n": 1}, {"n": 2}]')
-    assert [record for record, _ in read_records(lines)] == [{"n": 1}, {"n": 2}]
-    assert [record for record, _ in read_records(array)] == [{"n": 1}, {"n": 2}]
-
-
-def test_an_array_gives_the_line_of_each_element(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    records = [{"text": "é中\n"}, {"nested": [1, {"a": []}]}, "plain"]
-    path.write_text(json.dumps(records, indent=1, ensure_ascii=False), encoding="utf-8")
-    lines = path.read_text(encoding="utf-8").split("\n")
-    read = list(read_records(path))
-    assert [record for record, _ in read] == records
-    for record, where in read:
-        line = lines[int(where.rsplit(":", 1)[1]) - 1]
-        assert line.strip()[0] == json.dumps(record)[0]
+def shape(conversation: Conversation) -> list[tuple[str, str, bool]]:
+    """(role, text with [url] for images, trained) of every message."""
+    return [
+        (m.role, "".join(p.text or f"[{p.url}]" for p in m.parts), m.trained) for m in conversation.messages
+    ]
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "column"),
+    ("record", "form"),
     [
-        ('{"a": 1}\n{"a": }\n', 2, 7),
-        ('{"a": 1}\n\n{"a": 1} {"a": 2}\n', 3, 10),
-        ("{\n", 1, 2),
+        ({"messages": []}, "messages"),
+        ({"src": "a", "tgt": "b"}, "erniekit"),
+        ({"src": "a", "response": [], "sort": []}, "erniekit"),
+        ({"text_info": []}, "erniekit"),
+        ({"conversations": []}, "sharegpt"),
+        ({"conversations": [], "chosen": {}, "rejected": {}}, "preference"),
+        ({"messages": [], "chosen": {}, "rejected": {}}, "preference"),
+        ({"instruction": "a", "output": "b"}, "alpaca"),
+        ({"question": "a", "answer": "b"}, "alpaca"),
+        ({"prompt": "a", "completion": "b"}, "alpaca"),
+        ({"text": "a"}, None),
+        ([], None),
     ],
 )
-def test_a_malformed_line_names_line_and_column(tmp_path: Path, text: str, line: int, column: int) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_text(text)
-    with pytest.raises(DataError) as error:
-        list(read_records(path))
-    assert str(error.value).startswith(f"{path}:{line}: column {column}: ")
+def test_forms_are_known_by_their_keys(record: object, form: str | None) -> None:
+    assert form_of(record) == form
 
 
-def test_a_line_that_is_not_utf8_names_its_line(tmp_path: Path) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(b'{"a": 1}\n{"a": "\xff"}\n')
-    with pytest.raises(DataError, match=r"bad.jsonl:2: byte 8 "):
-        list(read_records(path))
+def test_the_first_record_with_a_form_speaks_for_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{broken\n{"text": 1}\n{"src": "a", "tgt": "b"}\n{"messages": []}\n')
+    assert form_of_source(open_source(path)) == "erniekit"
+    path.write_text('{"text": 1}\n')
+    assert form_of_source(open_source(path)) == "messages"
+
+
+def test_a_form_that_is_said_wins() -> None:
+    with pytest.raises(DataError, match="f:1: has the unknown key 'src'"):
+        to_conversation({"src": "a", "tgt": "b"}, "f:1", "alpaca")
+
+
+def texts(*items: Any) -> list[dict[str, Any]]:
+    return [{"text": text, "tag": "no_mask" if text.isupper() else "mask", **more} for text, more in items]
+
+
+def test_neighbouring_texts_become_one_message() -> None:
+    record = {
+        "text_info": texts(
+            ("s", {}), ("a", {}), ("b", {}), ("X", {}), ("Y", {}), ("c", {}), ("Z", {"label": 0})
+        ),
+        "image_info": [
+            {"image_url": "2.png", "matched_text_index": 2},
+            {"image_url": "0.png"},
+            {"image_url": "6.png", "matched_text_index": 6},
+        ],
+        "is_system": 1,
+    }
+    assert shape(to_conversation(record, "f:1")) == [
+        ("system", "s", True),
+        ("user", "[0.png]a[2.png]b", True),
+        ("assistant", "XY", True),
+        ("user", "c[6.png]", True),
+        ("assistant", "Z", False),
+    ]
+
+
+def test_a_given_order_is_followed() -> None:
+    record = {
+        "text_info": texts(("a", {}), ("X", {})),
+        "image_info": [{"image_url": "0.png"}, {"image_url": "1.png"}],
+        "order": {"type": ["image", "text", "image", "text"], "index": [1, 0, 0, 1]},
+    }
+    assert shape(to_conversation(record, "f:1"))[0] == ("user", "[1.png]a[0.png]", True)
+
+
+def test_labels_switch_answers() -> None:
+    turns = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
+    for record in (
+        {"messages": turns, "label": [0, 1]},
+        {"messages": [turns[0], {**turns[1], "label": 0}, *turns[2:]]},
+        {"text_info": texts(("a", {}), ("X", {}), ("b", {}), ("Y", {})), "label": [0, 1]},
+        {"src": ["a", "b"], "tgt": ["X", "Y"], "label": [0, 1]},
+    ):
+        switches = [m.trained for m in to_conversation(record, "f:1").messages if m.role == "assistant"]
+        assert switches == [False, True], record
+
+
+def test_one_image_by_name_and_marks_without_a_list() -> None:
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "<image>"}]
+    assert shape(to_conversation({"conversations": turns, "image": "a.png"}, "f:1")) == [
+        ("user", "[a.png]\nWhat?", True),
+        ("assistant", "<image>", True),
+    ]
+    assert shape(to_conversation({"conversations": turns}, "f:1"))[0] == ("user", "<image>\nWhat?", True)
+
+
+def test_several_calls_in_one_turn() -> None:
+    calls = json.dumps([{"name": "f", "arguments": {"a": n}} for n in (1, 2)])
+    turns = [{"from": "user", "value": "q"}, {"from": "function_call", "value": calls}]
+    conversation = to_conversation({"conversations": turns, "tools": []}, "f:1")
+    assert [call.arguments for call in conversation.messages[1].tool_calls] == [{"a": 1}, {"a": 2}]
+
+
+SRC = {"src": ["a"], "tgt": ["b"]}
+VL = {"text_info": [{"text": "a", "tag": "mask"}, {"text": "b", "tag": "no_mask"}]}
+CALL = {"from": "function_call", "value": "{}"}
 
 
 @pytest.mark.parametrize(
-    ("text", "line"),
-    [("{}", 1), ('[{"a": 1},\n]', 2), ('[{"a": 1}\n{"b": 2}]', 2), ("[1]\n\n2", 3), ("[1", 1)],
+    ("record", "problem"),
+    [
+        ({**SRC, "system": "s", "is_system": 1}, "is_system is 1, but 'system' is given too"),
+        ({**SRC, "is_system": 2}, "is_system is 2; allowed: 0, 1"),
+        ({**SRC, "label": [2]}, "label[0] is 2; allowed: 0, 1"),
+        ({**SRC, "response": [["x"]]}, "is a preference pair"),
+        ({**VL, "prefix": "<think>"}, "prefix is not supported"),
+        (
+            {**VL, "order": {"type": ["text"], "index": [0]}},
+            "order must name every text and every image once",
+        ),
+        ({**VL, "image_info": [{"matched_text_index": True, "image_url": "x"}]}, "is True; expected"),
+        ({**VL, "image_info": [{"url": "x"}]}, "image_info[0] has the unknown key 'url'; allowed: image_url"),
+        ({"text_info": [{**VL["text_info"][1]}, {**VL["text_info"][1], "label": 0}]}, "another label"),
+        ({"conversations": []}, "conversations is empty"),
+        ({"conversations": [CALL]}, "conversations[0].value has no 'name'"),
+        ({"conversations": [{"from": "human", "value": " "}]}, "conversations[0].value is empty"),
+        ({"conversations": [{"from": "human", "value": "a"}], "tools": "[{"}, "tools is not valid JSON"),
+        ({"conversations": [], "images": [], "image": "a"}, "conversations is empty"),
+        ({"instruction": "a", "query": "b", "output": "c"}, "exactly one of instruction, question"),
+        ({"instruction": "a", "output": "c", "video": "a.mp4"}, "video holds a video"),
+        ({"messages": [{"role": "user", "content": "a"}], "images": ["a.png"]}, "0 places for one"),
+    ],
 )
-def test_a_malformed_array_names_the_line(tmp_path: Path, text: str, line: int) -> None:
-    path = tmp_path / "bad.json"
-    path.write_text(text)
+def test_mistakes_name_the_field(record: dict[str, Any], problem: str) -> None:
     with pytest.raises(DataError) as error:
-        open_source(path)
-    assert str(error.value).startswith(f"{path}:{line}: column ")
+        to_conversation(record, "f:3")
+    assert str(error.value).startswith("f:3: ")
+    assert problem in str(error.value)
 
 
-@pytest.mark.parametrize(("name", "text"), [("a.jsonl", " \n\n"), ("a.json", "[ ]")])
-def test_a_file_without_records_is_an_error(tmp_path: Path, name: str, text: str) -> None:
-    (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match="holds no records"):
-        open_source(tmp_path / name)
+DPO = {"src": ["q"], "response": [["a"], ["b"]], "sort": [1, 0]}
 
 
-def test_missing_and_unknown_files_say_what_is_accepted(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file"):
-        open_source(tmp_path / "none.jsonl")
-    (tmp_path / "a.csv").write_text("a")
-    with pytest.raises(DataError, match=r"\.jsonl, \.json or \.parquet"):
-        open_source(tmp_path / "a.csv")
-    with pytest.raises(DataError, match="not a folder saved by"):
-        open_source(tmp_path)
-
-
-def test_saved_folder_and_parquet_give_the_records_without_arrow_nulls(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    records = [
-        {
-            "messages": [
-                {"role": "user", "content": "a"},
-                {"role": "assistant", "content": "b", "train": True},
-            ]
-        },
-        {"messages": [{"role": "user", "content": "c"}]},
-    ]
-    table = datasets.Dataset.from_list(records)
-    table.save_to_disk(str(tmp_path / "saved"))
-    table.to_parquet(str(tmp_path / "a.parquet"))
-    for path in (tmp_path / "saved", tmp_path / "a.parquet"):
-        assert [record for record, _ in read_records(path)] == records
-        assert open_source(path).where(1) == f"{path}: row 1"
-    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(str(tmp_path / "splits"))
-    with pytest.raises(DataError, match="train, test"):
-        open_source(tmp_path / "splits")
-
-
-def test_a_file_that_is_not_parquet_is_a_data_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "bad.parquet").write_text("no")
-    with pytest.raises(DataError, match="cannot be read as parquet"):
-        open_source(tmp_path / "bad.parquet")
-
-
-def test_nulls_inside_lists_stay() -> None:
-    assert without_nulls({"a": None, "b": [None, {"c": None, "d": 0}]}) == {"b": [None, {"d": 0}]}
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({**DPO, "sort": [1, 1]}, "sort is [1, 1]; the two ranks must differ"),
+        ({**DPO, "sort": [1]}, "response and sort have 2 and 1 entries"),
+        ({**DPO, "sort": ["1", 0]}, "sort[0] is a string; expected a number"),
+        ({**DPO, "tgt": ["x"]}, "src and tgt have 1 and 1 entries"),
+        ({**DPO, "is_system": 1}, "src holds nothing but the system message"),
+        ({**DPO, "response": [["a", "q2", "a2"], ["b"]]}, "response[0] has 3 turns"),
+        ({**DPO, "response": [[" "], ["b"]]}, "response[0][0] is empty"),
+        ({"chosen": "a", "rejected": "b"}, "chosen is a string; expected a list"),
+        (
+            {
+                "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+                "rejected": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "b"}],
+            },
+            "rejected does not begin with the same messages",
+        ),
+        ({"prompt": "q", "chosen": [], "rejected": "b"}, "chosen has 0 messages"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "score_gap": -1}, "score_gap is -1"),
+        ({"prompt": "<image>", "chosen": "a", "rejected": "b", "images": []}, "images lists 0 images"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "videos": ["v.mp4"]}, "videos holds a video"),
+    ],
+)
+def test_mistakes_of_pairs_name_the_field(record: dict[str, Any], problem: str) -> None:
+    with pytest.raises(DataError) as error:
+        to_pair(record, "f:3")
+    assert str(error.value).startswith("f:3: ")
+    assert problem in str(error.value)

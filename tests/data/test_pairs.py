@@ -10,8 +10,8 @@ import pytest
 from letters import BEGIN, END, LIMITS, PLACEHOLDER, START, STOP, VISION, LetterTemplate, picture, write_lines
 
 from ernietune.data.dataset import Skipped
-from ernietune.data.formats import open_source
 from ernietune.data.pairs import Pair, PairDataset, PairEncoder, Reference, collate_pairs
+from ernietune.data.sources import open_source
 from ernietune.data.stream import Stream, StreamOptions
 from ernietune.errors import DataError
 from ernietune.text.template import IGNORE
@@ -90,8 +90,12 @@ def test_the_end_token_can_be_left_out(tmp_path: Path) -> None:
     ("made", "reason", "words"),
     [
         (record("q", "a", "a"), "equal answers", "p.jsonl:1: rejected is the same"),
-        (record("q", "a", " "), "empty answer", "p.jsonl:1: rejected is an empty answer"),
-        (record("q", "", "a"), "empty answer", "p.jsonl:1: chosen is an empty answer"),
+        (
+            record("q", "a", {"role": "assistant", "content": " "}),
+            "empty answer",
+            "p.jsonl:1: rejected is an empty answer",
+        ),
+        (record("q", "", "a"), "malformed", "p.jsonl:1: chosen is empty"),
         (record("q" * 20, "a" * 8, "b" * 8), "too long", "the pair's 38 tokens are more than max_length 32"),
         (
             record("q", {"role": "assistant", "content": "a", "trained": False}, "b"),

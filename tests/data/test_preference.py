@@ -52,9 +52,9 @@ def pair_of(messages: list[Any], chosen: Any, rejected: Any) -> dict[str, Any]:
         ),
         (
             {"messages": [USER, said("x")], "chosen": said("a"), "rejected": said("b")},
-            "f:7: messages must end",
+            "f:7: the prompt must end",
         ),
-        (pair_of([], said("a"), said("b")), "f:7: messages must end"),
+        (pair_of([], said("a"), said("b")), "f:7: messages is empty"),
         (pair_of([USER], said("a"), {"role": "assistant"}), "f:7: rejected is an"),
     ],
 )

@@ -2,25 +2,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from letters import letter_dataset, picture, turn, write_lines
+from letters import LetterTemplate, letter_dataset, picture, turn, write_lines
 
 from ernietune.data.collate import Batch
-from ernietune.data.dataset import Dataset
+from ernietune.data.dataset import Dataset, Encoder
+from ernietune.data.mixing import epoch_order
+from ernietune.data.sources import open_source
 from ernietune.data.stream import (
     Stream,
     StreamOptions,
     count_batches,
-    epoch_order,
     ordered_map,
     sample_lengths,
 )
 from ernietune.errors import DataError
+from ernietune.text.messages import Conversation
+from ernietune.text.template import Rendered
 
 RECORDS = 23
 
@@ -67,7 +71,7 @@ def test_every_sample_once_an_epoch_in_rows_that_fit(dataset: Dataset, packing: 
     assert sorted(seen[RECORDS:]) == expected
     assert seen[:RECORDS] != seen[RECORDS:]
     assert all(batch.tokens <= 32 * rows for batch in batches)
-    assert len(batches) == count_batches(sample_lengths(dataset), options)
+    assert len(batches) == count_batches(dataset, sample_lengths(dataset), options)
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -95,7 +99,7 @@ def test_ranks_share_an_epoch_without_overlap(dataset: Dataset) -> None:
     for rank in range(3):
         options = StreamOptions(max_length=32, epochs=1, rank=rank, world=3)
         batches = list(Stream(dataset, options))
-        assert len(batches) == count_batches(sample_lengths(dataset), options)
+        assert len(batches) == count_batches(dataset, sample_lengths(dataset), options)
         seen += answers(batches)
     assert sorted(seen) == [chr(ord("A") + number) for number in range(RECORDS)]
 
@@ -103,7 +107,7 @@ def test_ranks_share_an_epoch_without_overlap(dataset: Dataset) -> None:
 def test_ranks_count_over_several_epochs(dataset: Dataset) -> None:
     for rank in range(3):
         options = StreamOptions(max_length=32, epochs=4, rank=rank, world=3, buffer=4)
-        assert len(list(Stream(dataset, options))) == count_batches(sample_lengths(dataset), options)
+        assert len(list(Stream(dataset, options))) == count_batches(dataset, sample_lengths(dataset), options)
 
 
 def test_an_endless_stream_goes_on(dataset: Dataset) -> None:
@@ -161,3 +165,48 @@ def test_threads_keep_the_order_and_do_not_run_away() -> None:
     assert list(islice(results, 5)) == [0, 1, 4, 9, 16]
     results.close()
     assert len(started) <= 5 + 8
+
+
+class SplitTemplate(LetterTemplate):
+    """Only the last answer can be trained, as where a format rewrites earlier ones."""
+
+    def render(self, conversation: Conversation, *args: Any, **options: Any) -> Rendered:
+        rendered = super().render(conversation, *args, **options)
+        answers = [m for m in conversation.messages[:-1] if m.role == "assistant" and m.trained]
+        return replace(rendered, untrained_turns=len(answers))
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> Dataset:
+    """Seven conversations of one to three turns; each answer is a letter of its own."""
+    letters = iter("ABCDEFGHIJKLMNOP")
+    turns = [[turn("q", next(letters)) for _ in range(1 + number % 3)] for number in range(7)]
+    path = write_lines(tmp_path / "d.jsonl", [{"messages": sum(several, [])} for several in turns])
+    return Dataset([open_source(path)], Encoder(SplitTemplate(), 24))
+
+
+def test_a_split_conversation_gives_each_answer_once(split: Dataset) -> None:
+    assert [len(split.samples(index)) for index in range(7)] == [1, 2, 3, 1, 2, 3, 1]
+    options = StreamOptions(max_length=24, epochs=1, buffer=3)
+    batches = list(Stream(split, options))
+    assert sorted(answers(batches)) == list("ABCDEFGHIJKLM")
+    assert len(batches) == count_batches(split, sample_lengths(split), options)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resume_in_the_middle_of_a_split_conversation(split: Dataset, workers: int) -> None:
+    options = StreamOptions(max_length=24, packing=False, epochs=2, seed=4, workers=workers)
+    straight = list(Stream(split, options))
+    assert len(straight) == 26
+    waiting = 0
+    for taken in range(len(straight)):
+        stream = Stream(split, options)
+        for _ in range(taken):
+            next(stream)
+        state = json.loads(json.dumps(stream.state_dict()))
+        waiting += bool(state["waiting"])
+        resumed = Stream(split, options)
+        resumed.load_state_dict(state)
+        assert [b.ids.tolist() for b in resumed] == [b.ids.tolist() for b in straight[taken:]]
+        stream.close()
+    assert waiting > 5

@@ -101,7 +101,7 @@ def test_the_losses_by_hand(options):
 
 
 def pair_of(layout, chosen, rejected, grids=(), seed=0):
-    """A pair with random ids: a prompt as in `tiny.document`, ending in text, and answers of given lengths."""
+    """A pair with random ids: a prompt as in `tiny.document`, ending in text, with two answers."""
     generator = np.random.default_rng([seed, 1])
     prompt, _ = tiny.document(layout, grids, seed)
     patches = [generator.integers(0, 256, (np.prod(grid), 588), dtype=np.uint8) for grid in grids]
@@ -183,6 +183,23 @@ def test_the_gradients_too(shape, pairs):
     for name, values in expected.items():
         scale_of = np.abs(values).max() + 1e-3
         assert np.abs(found[name] - values).max() < 2e-5 * scale_of, name
+
+
+@pytest.mark.parametrize(
+    ("targets", "calls"),
+    [(("attention", "experts"), 1), (("attention", "vision"), 2)],
+    ids=["frozen", "adapted"],
+)
+def test_the_vision_tower_reads_each_picture_once(monkeypatch, targets, calls):
+    """Once for both answers; a frozen tower also once for policy and reference together."""
+    model = tiny.model("tiny-vl")
+    inject(model, LoraSpec(rank=4, targets=targets))
+    seen, features = [], model.picture_features
+    monkeypatch.setattr(
+        model, "picture_features", lambda patches, grids: seen.append(grids) or features(patches, grids)
+    )
+    dpo(model, collate_pairs([PICTURES]), DpoSection())
+    assert seen == [[(1, 4, 6), (1, 4, 4), (1, 2, 6)]] * calls
 
 
 # At equal models: a = b = z = 0.

@@ -1,0 +1,60 @@
+"""One record of any form, conversation or preference pair, to the samples it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from ernietune.data.dataset import BadRecord, Encoder, Sample
+from ernietune.data.formats import Form, is_pair, to_conversation
+from ernietune.data.preference import PreferencePair, to_pair
+from ernietune.data.sources import Source
+from ernietune.errors import DataError
+from ernietune.media.image import open_image
+from ernietune.text.messages import Conversation
+
+
+def encode_record(source: Source, row: int, encoder: Encoder | None, form: Form) -> Iterator[Sample]:
+    """The samples of a record, none without an encoder; DataError for whatever is wrong with it.
+
+    A preference pair gives the prompt with either answer, chosen first.
+    """
+    where = source.where(row)
+    record = source.read(row)
+    if is_pair(record, form):
+        conversations = _sides(to_pair(record, where))
+        encoder = encoder and replace(encoder, train_on="last")
+    else:
+        conversations = [to_conversation(record, where, form)]
+    for conversation in conversations:
+        if encoder is None:
+            _check_without_model(conversation, where, source.folder)
+            continue
+        for result in encoder.encode(conversation, where, source.folder):
+            if not isinstance(result, Sample):
+                raise BadRecord(result.reason, result.detail)
+            yield result
+
+
+def _sides(pair: PreferencePair) -> list[Conversation]:
+    """The two dialogues that a pair stands for."""
+    return [
+        Conversation((*pair.prompt.messages, answer), pair.prompt.tools)
+        for answer in (pair.chosen, pair.rejected)
+    ]
+
+
+def _check_without_model(conversation: Conversation, where: str, folder: Path) -> None:
+    """What needs no chat format: an answer at the end that is trained, and pictures that open."""
+    if conversation.messages[-1].role != "assistant":
+        raise BadRecord(
+            "no answer", f"{where}: the last message must be the assistant's, it is what is trained"
+        )
+    if not any(message.role == "assistant" and message.trained for message in conversation.messages):
+        raise BadRecord("nothing trained", f"{where}: no answer of this record is trained")
+    for url in conversation.images:
+        try:
+            open_image(url, folder)
+        except DataError as error:
+            raise BadRecord("image", f"{where}: {error}") from error
