@@ -282,35 +282,18 @@ CHOICES = {
 AVERAGED = ("ipo", "simpo", "orpo")
 REFERENCE_FREE = ("simpo", "orpo")
 AGAINST_REFERENCE = ("kto_pair", "sppo_hard", "nca_pair", "dpop")
-AT_LEAST: dict[str, float] = {
-    "lora.rank": 1,
-    "lora.dropout": 0,
-    "lora.plus_ratio": 0,
-    "data.max_length": 8,
-    "data.workers": 0,
-    "train.steps": 1,
-    "train.epochs": 1,
-    "train.rows": 1,
-    "train.accumulation": 1,
-    "train.learning_rate": 0,
-    "train.min_learning_rate": 0,
-    "train.warmup_steps": 0,
-    "train.warmup_ratio": 0,
-    "train.weight_decay": 0,
-    "train.clip_norm": 0,
-    "train.loss_chunk": 1,
-    "train.log_every": 1,
-    "train.save_every": 1,
-    "train.keep_last": 1,
-    "train.eval_every": 1,
-    "train.eval_batches": 1,
-    "train.patience": 1,
-    "dpo.label_smoothing": 0,
-    "dpo.offset_alpha": 0,
-    "dpo.simpo_gamma": 0,
-    "dpo.dpop_lambda": 0,
-    "dpo.preference_ratio": 0,
-    "dpo.sft_ratio": 0,
+_LEAST: dict[tuple[str, float], str] = {
+    ("lora", 0): "dropout plus_ratio",
+    ("lora", 1): "rank",
+    ("data", 0): "workers",
+    ("data", 8): "max_length",
+    ("train", 0): "learning_rate min_learning_rate warmup_steps warmup_ratio weight_decay clip_norm",
+    ("train", 1): "steps epochs rows accumulation loss_chunk log_every save_every keep_last eval_every "
+    "eval_batches patience",
+    ("dpo", 0): "label_smoothing offset_alpha simpo_gamma dpop_lambda preference_ratio sft_ratio",
+}
+AT_LEAST = {
+    f"{section}.{name}": least for (section, least), names in _LEAST.items() for name in names.split()
 }
 
 
@@ -389,12 +372,14 @@ def _dpo_contradictions(config: Config) -> Iterator[tuple[str, str]]:
         )
     if dpo.reference == "adapters_off" and not config.lora.enabled:
         yield "dpo.reference", "is adapters_off, but lora.enabled is false; use precomputed or none"
-    if dpo.label_smoothing and dpo.loss not in ("sigmoid", "simpo", "robust"):
-        yield "dpo.label_smoothing", f"has no effect on {dpo.loss}; remove it"
-    if dpo.offset_alpha and dpo.loss != "sigmoid":
-        yield "dpo.offset_alpha", f"has no effect on {dpo.loss}; remove it"
-    if dpo.normalize_logps and dpo.loss in AVERAGED:
-        yield "dpo.normalize_logps", f"has no effect on {dpo.loss}, which averages over tokens; remove it"
+    idle = {
+        "dpo.label_smoothing": dpo.label_smoothing and dpo.loss not in ("sigmoid", "simpo", "robust"),
+        "dpo.offset_alpha": dpo.offset_alpha and dpo.loss != "sigmoid",
+        "dpo.normalize_logps": dpo.normalize_logps and dpo.loss in AVERAGED,
+    }
+    yield from (
+        (path, f"has no effect on {dpo.loss}; remove it") for path, is_idle in idle.items() if is_idle
+    )
 
 
 def _mixing_contradictions(data: DataSection) -> Iterator[tuple[str, str]]:
