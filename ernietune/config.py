@@ -282,6 +282,14 @@ CHOICES = {
 AVERAGED = ("ipo", "simpo", "orpo")
 REFERENCE_FREE = ("simpo", "orpo")
 AGAINST_REFERENCE = ("kto_pair", "sppo_hard", "nca_pair", "dpop")
+# Where the settings of some losses have an effect.
+EFFECTIVE = {
+    "label_smoothing": ("sigmoid", "simpo", "robust"),
+    "offset_alpha": ("sigmoid",),
+    "simpo_gamma": ("simpo",),
+    "dpop_lambda": ("dpop",),
+    "normalize_logps": ("sigmoid", "robust", "hinge", *AGAINST_REFERENCE),
+}
 _LEAST: dict[tuple[str, float], str] = {
     ("lora", 0): "dropout plus_ratio",
     ("lora", 1): "rank",
@@ -344,10 +352,7 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "train.eval_every", "or `train.patience` is set, but data.eval names no file"
     if train.patience and not train.eval_every:
         yield "train.patience", "needs train.eval_every"
-    if train.objective == "dpo":
-        yield from _dpo_contradictions(config)
-    elif config.dpo != DpoSection():
-        yield "dpo", "is set, but train.objective is sft; set train.objective: dpo"
+    yield from _dpo_contradictions(config)
 
 
 def _schedule_contradictions(train: TrainSection) -> Iterator[tuple[str, str]]:
@@ -360,26 +365,26 @@ def _schedule_contradictions(train: TrainSection) -> Iterator[tuple[str, str]]:
 
 
 def _dpo_contradictions(config: Config) -> Iterator[tuple[str, str]]:
-    dpo = config.dpo
+    if config.train.objective == "sft":
+        if config.dpo != DpoSection():
+            yield "dpo", "is set, but train.objective is sft; set train.objective: dpo"
+        return
     if config.data.overlong == "truncate":
         yield "data.overlong", "is truncate, but an answer of a pair is never cut; use error or skip"
+    if config.dpo.reference == "adapters_off" and not config.lora.enabled:
+        yield "dpo.reference", "is adapters_off, but lora.enabled is false; use precomputed or none"
+    yield from _loss_contradictions(config.dpo)
+
+
+def _loss_contradictions(dpo: DpoSection) -> Iterator[tuple[str, str]]:
     if dpo.loss in REFERENCE_FREE and dpo.reference != "none":
         yield "dpo.reference", f"is {dpo.reference}, but {dpo.loss} has no reference; set it to none"
     if dpo.loss in AGAINST_REFERENCE and dpo.reference == "none":
-        yield (
-            "dpo.reference",
-            f"is none, but {dpo.loss} compares with a reference; use adapters_off or precomputed",
-        )
-    if dpo.reference == "adapters_off" and not config.lora.enabled:
-        yield "dpo.reference", "is adapters_off, but lora.enabled is false; use precomputed or none"
-    idle = {
-        "dpo.label_smoothing": dpo.label_smoothing and dpo.loss not in ("sigmoid", "simpo", "robust"),
-        "dpo.offset_alpha": dpo.offset_alpha and dpo.loss != "sigmoid",
-        "dpo.normalize_logps": dpo.normalize_logps and dpo.loss in AVERAGED,
-    }
-    yield from (
-        (path, f"has no effect on {dpo.loss}; remove it") for path, is_idle in idle.items() if is_idle
-    )
+        yield "dpo.reference", f"is none, but {dpo.loss} needs one; use adapters_off or precomputed"
+    defaults = vars(DpoSection())
+    for name, losses in EFFECTIVE.items():
+        if vars(dpo)[name] != defaults[name] and dpo.loss not in losses:
+            yield f"dpo.{name}", f"has no effect on {dpo.loss}, only on {', '.join(losses)}; remove it"
 
 
 def _mixing_contradictions(data: DataSection) -> Iterator[tuple[str, str]]:

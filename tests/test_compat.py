@@ -18,7 +18,7 @@ import yaml
 
 from ernietune.checkpoint.names import parameter_shapes
 from ernietune.compat import keys, load
-from ernietune.config import Config, key_paths, value_of
+from ernietune.config import Config, DpoSection, key_paths, value_of
 from ernietune.config import load as load_ours
 from ernietune.errors import ConfigError
 from ernietune.models.config import SHAPES, ModelConfig
@@ -293,6 +293,9 @@ def test_length_of_a_run(tmp_path: Path) -> None:
 def test_the_preference_losses(tmp_path: Path) -> None:
     orpo = config_of(tmp_path, "batch_size: 1\nloss_type: orpo\npref_loss_ratio: 0.5\n", "stage=DPO").dpo
     assert (orpo.loss, orpo.sft_ratio, orpo.preference_ratio, orpo.reference) == ("orpo", 1, 0.5, "none")
+    idle = "loss_type: ipo\nnormalize_logps: true\ndpop_lambda: 5\nbatch_size: 1\n"
+    assert config_of(tmp_path, idle, "stage=DPO").dpo == DpoSection(loss="ipo", ignore_eos=True)
+    assert "dpop_lambda: without effect on ipo" in report_of(tmp_path, idle, "stage=DPO")
     half = config_of(tmp_path, "batch_size: 1\nloss_type: or\n", "stage=DPO").dpo
     assert (half.loss, half.sft_ratio, half.reference) == ("orpo", 0, "none")
     other = config_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ernietune.compat.translation import ERNIEKIT, Translation
+from ernietune.config import EFFECTIVE, REFERENCE_FREE
 
 LOSSES = {
     **{
@@ -12,8 +13,6 @@ LOSSES = {
     "or": "orpo",
     "orpo": "orpo",
 }
-AVERAGED = ("ipo", "simpo", "orpo")  # a mean over tokens already
-WITHOUT_REFERENCE = ("simpo", "orpo")
 NUMBERS = {
     "beta": "dpo.beta",
     "label_smoothing": "dpo.label_smoothing",
@@ -37,16 +36,13 @@ def preferences(t: Translation) -> None:
     loss = t.choice("loss_type", "sigmoid", LOSSES)
     t.put("dpo.loss", loss, "loss_type")
     for key, path in NUMBERS.items():
-        if t.has(key):
+        if t.has(key) and _has_effect(t, path.partition(".")[2], loss, key):
             t.put(path, t.take(key, float, 0.0), key)
     if t.take("loss_type", str, "").lower() == "orpo":  # `or` is the preference part alone
         t.put("dpo.sft_ratio", 1.0, "loss_type")
     _reference(t, loss)
     theirs = t.toolkit == ERNIEKIT
-    if loss in AVERAGED:
-        if t.has("normalize_logps"):
-            t.note(f"normalize_logps: without effect, {loss} averages over tokens", "normalize_logps")
-    else:
+    if _has_effect(t, "normalize_logps", loss, "normalize_logps"):
         t.put("dpo.normalize_logps", t.take("normalize_logps", bool, theirs), "normalize_logps")
         if not t.has("normalize_logps"):
             t.note(f"normalize_logps is {t.toolkit}'s default: true in ERNIEKit, false in PaddleFormers")
@@ -55,8 +51,17 @@ def preferences(t: Translation) -> None:
     t.note("prompts are never cut (max_prompt_len): a pair beyond max_seq_len is left out", "max_prompt_len")
 
 
+def _has_effect(t: Translation, name: str, loss: str, key: str) -> bool:
+    """Whether a setting matters to the loss; a note where it is given for nothing."""
+    if loss in EFFECTIVE.get(name, (loss,)):
+        return True
+    if t.has(key):
+        t.note(f"{key}: without effect on {loss}", key)
+    return False
+
+
 def _reference(t: Translation, loss: str) -> None:
-    if loss in WITHOUT_REFERENCE:
+    if loss in REFERENCE_FREE:
         t.put("dpo.reference", "none", "loss_type")
     elif t.take("reference_free", bool, False):
         t.put("dpo.reference", "none", "reference_free")

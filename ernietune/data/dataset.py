@@ -26,16 +26,8 @@ from ernietune.text.template import IGNORE, Rendered, Template
 PATCH_VALUES = 588  # 3 channels of 14 x 14 pixels
 Overlong = Literal["error", "skip", "truncate"]
 TrainOn = Literal["all", "last"]
-Reason = Literal[
-    "malformed",
-    "image",
-    "chat format",
-    "no answer",
-    "nothing trained",
-    "too long",
-    "equal answers",  # of a preference pair
-    "empty answer",
-]
+OfPair = Literal["equal answers", "empty answer"]
+Reason = Literal["malformed", "image", "chat format", "no answer", "nothing trained", "too long"] | OfPair
 S_co = TypeVar("S_co", bound=Sized, covariant=True)
 
 

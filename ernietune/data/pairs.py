@@ -10,7 +10,7 @@ same routing) scores the first rejected token. The positions of the rejected ans
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -212,14 +212,10 @@ def collate_pairs(rows: Sequence[Sequence[Pair]]) -> PairBatch:
     references = [pair.reference for pair in pairs if pair.reference is not None]
     assert len(references) in (0, len(pairs)), "the reference is known for some pairs only"
     return PairBatch(
-        ids=np.concatenate([_row(pair, pair.chosen.ids, pair.rejected.ids) for pair in pairs]),
+        ids=_rows(pairs, lambda sample: sample.ids),
         labels=np.concatenate([np.append(p.chosen.labels[1:], p.rejected.labels[p.prompt :]) for p in pairs]),
-        is_vision=np.concatenate(
-            [_row(pair, pair.chosen.is_vision, pair.rejected.is_vision) for pair in pairs]
-        ),
-        positions=np.concatenate(
-            [_row(pair, pair.chosen.positions, pair.rejected.positions) for pair in pairs]
-        ),
+        is_vision=_rows(pairs, lambda sample: sample.is_vision),
+        positions=_rows(pairs, lambda sample: sample.positions),
         visible_until=np.concatenate(
             [start + _visible_until(p) for start, p in zip(starts[:-1], pairs, strict=True)]
         ),
@@ -233,9 +229,10 @@ def collate_pairs(rows: Sequence[Sequence[Pair]]) -> PairBatch:
     )
 
 
-def _row(pair: Pair, chosen: NDArray[np.generic], rejected: NDArray[np.generic]) -> NDArray[np.generic]:
-    """Values per token of the two samples -> values per position of the row."""
-    return np.concatenate([chosen[:-1], rejected[pair.prompt - 1 : -1]])
+def _rows(pairs: Sequence[Pair], of: Callable[[Sample], NDArray[Any]]) -> NDArray[Any]:
+    """What samples hold per token -> the same per position of the rows."""
+    halves = ((of(p.chosen)[:-1], of(p.rejected)[p.prompt - 1 : -1]) for p in pairs)
+    return np.concatenate([half for both in halves for half in both])
 
 
 def _visible_until(pair: Pair) -> NDArray[np.int64]:

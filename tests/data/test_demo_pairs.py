@@ -79,17 +79,30 @@ def test_the_script_writes_what_is_bundled(tmp_path: Path) -> None:
             assert made == records(name)
 
 
-def test_every_pair_can_be_trained() -> None:
+@pytest.fixture(scope="module")
+def encoder() -> PairEncoder:
     tokenizer = Tokenizer.load(ROOT / "data" / "tiny")
     template = Template.for_checkpoint(tokenizer, "ernie4_5_moe_vl")
     names = ("<|IMAGE_PLACEHOLDER|>", "<|IMAGE_START|>", "<|IMAGE_END|>")
     placeholder, *ends = (tokenizer.id_of(name) for name in names)
-    encoder = PairEncoder(
+    return PairEncoder(
         template,
         512,
         vision=VisionTokens(placeholder, frozenset([placeholder, *ends])),
         limits=ImageLimits(min_pixels=3136, max_pixels=50176),
     )
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "data" / "samples").glob("preference_*")), ids=lambda p: p.stem
+)
+def test_every_form_of_pairs_gives_a_row(path: Path, encoder: PairEncoder) -> None:
+    pairs = PairDataset([open_source(path)], encoder)
+    batches = list(Stream(pairs, StreamOptions(512, epochs=1), collate_pairs))
+    assert sum(batch.samples for batch in batches) == len(pairs)
+
+
+def test_every_pair_can_be_trained(encoder: PairEncoder) -> None:
     pairs = PairDataset(
         [open_source(FOLDER / f"{name}.jsonl") for name in ("heldout", "pictures_heldout")], encoder
     )
@@ -98,6 +111,7 @@ def test_every_pair_can_be_trained() -> None:
     last = pairs[239]
     assert isinstance(last, Pair)
     # A letter, a digit and the end of the turn, after the same prompt.
+    tokenizer = Tokenizer.load(ROOT / "data" / "tiny")
     assert [tokenizer.decode([int(i)]) for i in last.chosen.ids[last.prompt :]][:2] == list(
         records("pictures_heldout")[-1]["chosen"]
     )

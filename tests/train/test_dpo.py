@@ -185,6 +185,23 @@ def test_the_gradients_too(shape, pairs):
         assert np.abs(found[name] - values).max() < 2e-5 * scale_of, name
 
 
+@pytest.mark.parametrize("loss", ["simpo", "orpo"])
+def test_without_a_reference(loss):
+    """Mean log-probabilities of separate forwards in the published formulas."""
+    model = tiny.model("tiny-vl")
+    means = [-float(losses.mean()) for losses in separately(model, PICTURES)]
+    c, r = np.array(means[0::2]), np.array(means[1::2])
+    odds = (c - r) - (np.log1p(-np.exp(c)) - np.log1p(-np.exp(r)))
+    expected = {"simpo": -log_sigmoid(2.0 * (c - r) - 0.5), "orpo": -log_sigmoid(odds)}[loss]
+    options = DpoSection(loss=loss, reference="none", beta=2.0, sft_ratio=1.0)
+    batch = collate_pairs([PICTURES])
+    sums = dpo(model, batch, options)
+    assert float(sums.terms["pairs"]) == pytest.approx(expected.sum(), rel=1e-5)
+    nll = -c @ batch.lengths[:, 0]
+    assert float(sums.terms["chosen_tokens"]) == pytest.approx(nll, rel=1e-5)
+    assert sums.metrics["rewards/margins"] == pytest.approx(2.0 * (c - r).sum(), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("targets", "calls"),
     [(("attention", "experts"), 1), (("attention", "vision"), 2)],
@@ -325,6 +342,28 @@ def test_thirty_steps_raise_the_margin(base, data, tmp_path):
     held_out = small_run.log(run, "eval")[30]
     assert held_out["rewards/accuracies"] == 1.0
     assert (held_out["pairs"], "perplexity" in held_out) == (6, False)
+
+
+def test_a_resume_is_bitwise_the_same(base, data, tmp_path):
+    changes = {"train_steps": 6, "train_rows": 1, "data_packing": True, "lora_dropout": 0.1}
+    whole = main(dpo_config(base, data, tmp_path / "whole", **changes))
+    train_step = loop.train_step
+
+    def stopping(run, log, watch):
+        if run.progress.step == 4:
+            raise KeyboardInterrupt
+        train_step(run, log, watch)
+
+    stopped = dpo_config(base, data, tmp_path / "stopped", **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            main(stopped)
+    run = main(stopped)
+    np.testing.assert_array_equal(small_run.losses(run), small_run.losses(whole))
+    expected, found = small_run.tensors(whole), small_run.tensors(run)
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values, err_msg=name)
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
