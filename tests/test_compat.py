@@ -319,6 +319,7 @@ MISTAKES = {
     "seed: 1\nseed: 2\n": "theirs.yaml:6: `seed` stands twice (first in line 5)",
     "lora_rank: many\n": "theirs.yaml:5: `lora_rank` is 'many'; it must be a whole number",
     "packing: perhaps\n": "theirs.yaml:5: `packing` is 'perhaps'; it must be true or false",
+    "learning_rate: -1\nlr_scheduler_type: cosine\n": "theirs.yaml:5: `train.learning_rate` is -1",
     "batch_size: 0\n": "theirs.yaml:5: `train.rows` is 0; it must be at least 1",
     "fine_tuning: QLoRA\n": "theirs.yaml:5: `fine_tuning` is 'QLoRA'; did you mean lora?",
     "compute_type: fp8\n": "theirs.yaml:5: `compute_type` fp8 cannot be honoured",

@@ -202,7 +202,7 @@ def _floor(t: Translation, name: str) -> None:
         if floor:
             t.note(f"min_lr: without effect, it is the end of a cosine and the schedule is {name}", "min_lr")
         return
-    if floor > rate:
+    if floor > rate and t.has("min_lr"):
         t.given["min_lr"].fail(f"is {floor:g}, above the learning rate of {rate:g}; lower it")
     t.put("train.min_learning_rate", floor, "min_lr")
     if floor == rate:
