@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from ernietune import environment
-from ernietune.errors import ErnietuneError
+from ernietune.errors import ConfigError, ErnietuneError
+from ernietune.serve.flags import HELP, PARSER_HELP, ServeCommand, explain
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -155,41 +156,88 @@ def evaluate(
         run.write_report(report, output)
 
 
-@app.command()
+@app.command(cls=ServeCommand, epilog=HELP)
 def serve(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model folder, run, checkpoint, adapter or hub id.")],
     host: str = "127.0.0.1",
     port: int = 8000,
+    metrics_port: Annotated[int | None, typer.Option(help="Serve /metrics on this port too.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Put this adapter on the model, unmerged.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Prompt and answer together, in tokens.")] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Answers that grow at the same time.")] = 16,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens per step of the engine.")] = 512,
     served_model_name: Annotated[str | None, typer.Option(help="Name in answers and in /v1/models.")] = None,
+    strict_model_name: Annotated[
+        bool, typer.Option("--strict-model-name", help="Refuse requests for other model names.")
+    ] = False,
     allow_local_files: Annotated[
         Path | None, typer.Option(help="Folder whose pictures requests may name by path or file://.")
     ] = None,
+    limit_mm_per_prompt: Annotated[str | None, typer.Option(help='Such as {"image": 4}.')] = None,
+    mm_processor_kwargs: Annotated[
+        str | None, typer.Option(help='Such as {"image_max_pixels": 1003520}.')
+    ] = None,
+    reasoning_parser: Annotated[str | None, typer.Option(help=PARSER_HELP)] = None,
+    tool_call_parser: Annotated[str | None, typer.Option(help=PARSER_HELP)] = None,
+    api_key: Annotated[list[str] | None, typer.Option(help="Accept requests with this key only.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seeds requests that bring none.")] = None,
 ) -> None:
-    """Serve an OpenAI-compatible chat API."""
+    """Serve an OpenAI-compatible API; flags of FastDeploy and vLLM are understood."""
+    from ernietune.serve.options import Launch
+
+    launch = Launch(
+        model,
+        host,
+        port,
+        metrics_port=metrics_port,
+        adapter=adapter,
+        max_length=max_model_len,
+        max_sequences=max_num_seqs,
+        max_batched_tokens=max_num_batched_tokens,
+        served_name=served_model_name,
+        media_folder=allow_local_files,
+        reasoning_parser=reasoning_parser,
+        tool_parser=tool_call_parser,
+        limit_per_prompt=limit_mm_per_prompt,
+        processor_kwargs=mm_processor_kwargs,
+        strict_model_name=strict_model_name,
+        api_keys=tuple(api_key or ()),
+        seed=seed,
+    )
+    if note := explain(context.obj):
+        typer.echo(note)
     environment.require_paddle()
     from ernietune.serve import api
 
-    api.serve(model, host, port, adapter, max_model_len, served_model_name, allow_local_files)
+    api.serve(launch)
 
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(help="A model folder, run, checkpoint, adapter or hub id.")],
+    model: Annotated[str, typer.Argument(help="A model folder, run, checkpoint, adapter, hub id or URL.")],
     adapter: Annotated[Path | None, typer.Option(help="Put this adapter on the model, unmerged.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     thinking: Annotated[
         bool | None, typer.Option(help="Open a think block, where the format has a choice.")
     ] = None,
     max_length: Annotated[int | None, typer.Option(help="Context length in tokens.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="For a URL whose server wants one.")] = None,
 ) -> None:
     """Chat in the terminal; pictures by path."""
-    environment.require_paddle()
-    from ernietune.infer.engine import Engine
     from ernietune.serve import chat as terminal
 
-    terminal.chat(Engine.load(model, adapter, max_length), system=system, enable_thinking=thinking)
+    if model.startswith(("http://", "https://")):
+        from ernietune.serve.wire import RemoteSpeaker
+
+        if adapter is not None or max_length is not None:
+            raise ConfigError("--adapter and --max-length are for a model here; the server has its own")
+        terminal.chat(RemoteSpeaker(model, thinking, api_key), system)
+        return
+    environment.require_paddle()
+    from ernietune.serve.local import LocalSpeaker
+
+    terminal.chat(LocalSpeaker.load(model, adapter, max_length, thinking), system)
 
 
 @data_app.command("check")

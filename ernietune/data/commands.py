@@ -23,6 +23,8 @@ from ernietune.errors import ConfigError
 
 def run_check(files: Sequence[Path], model: str | None, template: str, data: DataSection) -> bool:
     """Print everything that is wrong and a summary; True when nothing is."""
+    if model is None and (data.max_length or template != "auto"):
+        raise ConfigError("--max-length and --template need --model; without it only the schema is checked")
     encoder = encoder_of(data, _processor(model, template, data)) if model else None
     report = check.check(files, encoder, form_of(data), data.workers)
     print("\n".join(check.lines(report)))
@@ -81,6 +83,8 @@ def _processor(model: str, template: str, data: DataSection) -> Processor:
 
 def _samples(file: Path, encoder: Encoder, form: Form | None, span: range) -> list[Sample]:
     source = open_source(file)
+    if span.start >= len(source):
+        raise ConfigError(f"--first is {span.start}, but {file} has {len(source)} records")
     of_file = form or form_of_source(source)
     rows = islice(range(len(source)), span.start, span.stop)
     return [sample for row in rows for sample in encode_record(source, row, encoder, of_file)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from ernietune.data.turns import (
     MEDIA_KEYS,
     WITHOUT_EFFECT,
@@ -62,7 +60,7 @@ def _plain(field: Field) -> Field:
         value["weight"] = value.pop("label")
     content = value.get("content")
     if value.get("role") == "tool" and isinstance(content, dict | list) and not _is_parts(content):
-        value["content"] = json.dumps(content, ensure_ascii=False)
+        value["content"] = Field(field.where, f"{field.path}.content", content).json()
     return Field(field.where, field.path, value)
 
 

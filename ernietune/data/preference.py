@@ -12,6 +12,7 @@ of the prompt, or `images` with marks in its text.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -149,7 +150,7 @@ def _gap(entries: dict[str, Field]) -> float | None:
     value = field.value
     if isinstance(value, bool) or not isinstance(value, int | float):
         field.wrong_type("a number")
-    if not 0 < value < float("inf"):
+    if not 0 < value <= sys.float_info.max:
         field.fail(f"is {value}; the chosen answer must be rated better, by a finite number above 0")
     return float(value)
 

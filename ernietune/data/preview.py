@@ -100,15 +100,19 @@ def packing_line(rows: Sequence[Sequence[int]], max_length: int) -> str:
     """One sentence on how full the rows are."""
     share = efficiency([sum(row) for row in rows], max_length)
     count = sum(len(row) for row in rows)
-    return f"packing: {count} samples in {len(rows)} rows of {max_length:,} tokens, {share:.1%} full"
+    return f"packing: samples {count}, rows {len(rows)} of {max_length:,} tokens, {share:.1%} full"
 
 
 def headline(sample: Sample) -> str:
     """Where a sample comes from and what it weighs."""
-    images = f", {len(sample.grids)} images" if len(sample.grids) else ""
-    left = f"; {sample.untrained_turns} answers are not trained" if sample.untrained_turns else ""
-    cut = f"; {sample.cut} messages were cut" if sample.cut else ""
-    return f"{sample.where}: {len(sample)} tokens, {sample.trained} trained{images}{left}{cut}"
+    facts = {
+        "tokens": len(sample),
+        "trained": sample.trained,
+        "images": len(sample.grids),
+        "answers not trained": sample.untrained_turns,
+        "messages cut": sample.cut,
+    }
+    return f"{sample.where}: " + ", ".join(f"{name} {number}" for name, number in facts.items() if number)
 
 
 def to_text(content: Sequence[Piece | Picture]) -> Text:

@@ -23,26 +23,27 @@ def encode_record(source: Source, row: int, encoder: Encoder | None, form: Form)
     where = source.where(row)
     record = source.read(row)
     if is_pair(record, form):
-        conversations = _sides(to_pair(record, where))
+        conversations = _sides(to_pair(record, where), where)
         encoder = encoder and replace(encoder, train_on="last")
     else:
-        conversations = [to_conversation(record, where, form)]
-    for conversation in conversations:
+        conversations = {where: to_conversation(record, where, form)}
+    for name, conversation in conversations.items():
         if encoder is None:
-            _check_without_model(conversation, where, source.folder)
+            _check_without_model(conversation, name, source.folder)
             continue
-        for result in encoder.encode(conversation, where, source.folder):
+        for result in encoder.encode(conversation, name, source.folder):
             if not isinstance(result, Sample):
                 raise BadRecord(result.reason, result.detail)
             yield result
 
 
-def _sides(pair: PreferencePair) -> list[Conversation]:
-    """The two dialogues that a pair stands for."""
-    return [
-        Conversation((*pair.prompt.messages, answer), pair.prompt.tools)
-        for answer in (pair.chosen, pair.rejected)
-    ]
+def _sides(pair: PreferencePair, where: str) -> dict[str, Conversation]:
+    """The two dialogues that a pair stands for, by name."""
+    answers = {"chosen": pair.chosen, "rejected": pair.rejected}
+    return {
+        f"{where}: {side}": Conversation((*pair.prompt.messages, answer), pair.prompt.tools)
+        for side, answer in answers.items()
+    }
 
 
 def _check_without_model(conversation: Conversation, where: str, folder: Path) -> None:

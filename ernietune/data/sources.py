@@ -83,7 +83,7 @@ class JsonSource:
 
 @dataclass(frozen=True, eq=False)
 class TableSource:
-    """Rows of a memory-mapped `datasets.Dataset`."""
+    """Rows of a memory-mapped `datasets.Dataset` in Arrow format, which leaves pictures undecoded."""
 
     path: Path
     table: Any
@@ -102,7 +102,12 @@ class TableSource:
 
     def read(self, index: int) -> object:
         """One row as plain Python values, without the nulls Arrow writes for absent fields."""
-        return without_nulls(self.table[index])
+        return without_nulls(self.row(index))
+
+    def row(self, index: int) -> dict[str, Any]:
+        """One row as Arrow has it; a picture is {"bytes", "path"}."""
+        row: dict[str, Any] = self.table[index].to_pylist()[0]
+        return row
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +116,7 @@ class CsvSource(TableSource):
 
     def read(self, index: int) -> object:
         """One row; DataError when a cell that must hold JSON does not."""
-        cells = {column: text for column, text in self.table[index].items() if text}
+        cells = {column: text for column, text in self.row(index).items() if text}
         return {column: self._value(index, column, text) for column, text in cells.items()}
 
     def _value(self, index: int, column: str, text: str) -> object:
@@ -247,7 +252,7 @@ def _open_parquet(path: Path) -> TableSource:
     from datasets.exceptions import DatasetGenerationError
 
     try:
-        return TableSource(path, datasets.Dataset.from_parquet(str(path)))
+        return TableSource(path, datasets.Dataset.from_parquet(str(path)).with_format("arrow"))
     except (DatasetGenerationError, OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as parquet ({error})") from error
 
@@ -264,7 +269,7 @@ def _open_csv(path: Path) -> CsvSource:
         table = datasets.Dataset.from_csv(
             str(path), features=features, keep_default_na=False, encoding="utf-8-sig"
         )
-        return CsvSource(path, table)
+        return CsvSource(path, table.with_format("arrow"))
     except (DatasetGenerationError, OSError, ValueError, csv.Error) as error:
         cause = error.__cause__ or error
         raise DataError(
@@ -281,7 +286,7 @@ def _open_saved_folder(path: Path) -> TableSource:
         raise DataError(f"{path}: is not a folder saved by `datasets` (save_to_disk): {error}") from error
     if isinstance(table, datasets.DatasetDict):
         raise DataError(f"{path}: holds the splits {', '.join(table)}; give the folder of one of them")
-    return TableSource(path, table)
+    return TableSource(path, table.with_format("arrow"))
 
 
 _OPENERS: dict[str, Callable[[Path], Source]] = {

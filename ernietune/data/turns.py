@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
@@ -131,8 +132,11 @@ def no_video(field: Field) -> NoReturn:
 
 
 def _image_url(field: Field) -> str:
+    """A path or URL, or one of {"url"}, {"path"} and {"bytes"}, which is how `datasets` stores pictures."""
     if isinstance(field.value, dict):
-        members = field.entries(("path", "url"))
+        members = field.entries(("bytes", "url", "path"))
+        if "bytes" in members and isinstance(members["bytes"].value, bytes):
+            return "data:image/*;base64," + base64.b64encode(members["bytes"].value).decode()
         field = next((members[key] for key in ("url", "path") if key in members), field)
     return text_of(field)
 

@@ -1,39 +1,47 @@
-"""One loaded model that answers one request at a time: token ids in, text out as it comes."""
+"""One loaded model that answers many requests at once: token ids in, text out as it comes."""
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+import queue
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import paddle
 from numpy.typing import NDArray
 from PIL import Image
 
 from ernietune.errors import RequestError
-from ernietune.infer.cache import KVCache
-from ernietune.infer.request import Completion, ContextLengthError, Delta, Request, SamplingParams
-from ernietune.infer.sampler import Sampler
+from ernietune.infer.core import Core, Stats
+from ernietune.infer.generation import Generation
+from ernietune.infer.loop import Loop
+from ernietune.infer.options import EngineOptions
+from ernietune.infer.request import (
+    Completion,
+    ContextLengthError,
+    Delta,
+    Request,
+    SamplingParams,
+    SettingError,
+)
+from ernietune.infer.sequence import Sequence, Ticket, media_of, next_arrival
 from ernietune.infer.source import Source
-from ernietune.infer.text_stream import TextStream
 from ernietune.media.image import ImageLimits, image_to_patches, image_tokens, normalize, open_image
-from ernietune.models.decoder import CausalLM, Inputs
+from ernietune.models.config import ModelConfig
+from ernietune.models.decoder import CausalLM
 from ernietune.text.messages import Conversation
 from ernietune.text.positions import positions_3d
 from ernietune.text.template import Template
 from ernietune.text.tokenizer import Tokenizer
 
-_POLL_SECONDS = 0.1  # how often a waiting request looks whether it was cancelled
+_POLL_SECONDS = 0.1  # how often a stream that waits gives its reader the chance to close it
 
 
 class Engine:
-    """Renders conversations, runs the model with a key/value cache and decodes its tokens.
+    """Renders conversations, runs the model on all requests together and decodes their tokens.
 
-    Thread-safe: requests queue and are served one after the other, first come first served.
+    Thread-safe. Requests are served first come first served; their answers grow side by side.
     """
 
     def __init__(
@@ -44,20 +52,29 @@ class Engine:
         limits: ImageLimits | None = None,
         max_length: int | None = None,
         template_options: Mapping[str, Any] | None = None,
+        options: EngineOptions | None = None,
     ) -> None:
         """`limits` are the picture sizes; `max_length` bounds prompt and answer together, in tokens.
 
-        `template_options` hold for every prompt, unless `prepare` is told otherwise.
+        Without `max_length` the context is the model's, or what the cache holds where that is less.
+        RequestError when the cache cannot hold one sequence of `max_length`. `template_options` hold for
+        every prompt, unless `prepare` is told otherwise.
         """
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.limits = limits or ImageLimits()
-        self.max_length = max_length or model.config.max_position_embeddings
+        options = options or EngineOptions()
+        blocks = options.blocks(model.config, model.dtype, max_length or model.config.max_position_embeddings)
+        self.max_length = _context(model.config, max_length, blocks * options.block_size)
         self._template_options = dict(template_options or {})
-        self._turns = Turns()
+        self._loop = Loop(Core(model, options, blocks))
 
     @classmethod
     def load(
-        cls, path: str | Path, adapter: str | Path | None = None, max_length: int | None = None
+        cls,
+        path: str | Path,
+        adapter: str | Path | None = None,
+        max_length: int | None = None,
+        options: EngineOptions | None = None,
     ) -> Engine:
         """Load a model folder, a hub id, an adapter, a run or one of its checkpoints.
 
@@ -73,6 +90,7 @@ class Engine:
             processor.limits,
             max_length,
             source.template_options(),
+            options,
         )
 
     @property
@@ -102,11 +120,7 @@ class Engine:
         counts = [image_tokens(grid, self.limits.merge_size) for grid in grids]
         options = self._template_options | options
         rendered = self.template.render(conversation, counts, add_generation_prompt=True, **options)
-        if len(rendered.ids) >= self.max_length:
-            raise ContextLengthError(
-                f"the prompt has {len(rendered.ids)} tokens but the context holds {self.max_length}, "
-                "the answer included; shorten the prompt or serve with a larger maximum length"
-            )
+        self._check_room(len(rendered.ids))
         ids = np.array(rendered.ids, np.int64)
         self._check_placeholders(ids, sum(counts))
         return Request(
@@ -117,60 +131,139 @@ class Engine:
             grids=grids,
         )
 
-    def stream(self, request: Request, params: SamplingParams) -> Generator[Delta, None, None]:
-        """Generate step by step; the last delta has the finish reason. Closing the iterator cancels.
+    def prepare_ids(self, ids: Iterable[int]) -> Request:
+        """A prompt of text that is token ids already. RequestError for an id that the model does not have."""
+        prompt = np.array(list(ids), np.int64)
+        vocabulary = self.model.config.vocab_size
+        if not prompt.size or prompt.min() < 0 or prompt.max() >= vocabulary:
+            raise RequestError(f"a prompt needs at least one token id, all between 0 and {vocabulary - 1}")
+        self._check_placeholders(prompt, 0)
+        return Request(prompt, positions_3d(len(prompt), [], []), self._is_vision(prompt))
 
-        Raises ContextLengthError at once when prompt and max_tokens exceed the context. While others are
-        served it yields empty deltas, so that a waiting request can be closed too. A started iterator
-        has to be exhausted or closed: it holds the model.
+    def bad_words(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        """The token sequences of words for `SamplingParams.bad_words`, with and without a space before."""
+        found = (
+            tuple(self.tokenizer.encode_plain(text)) for word in words for text in (word, f" {word.lstrip()}")
+        )
+        return tuple(dict.fromkeys(ids for ids in found if ids))
+
+    def stats(self) -> Stats:
+        """What runs, what waits, and the totals since the start."""
+        return self._loop.core.stats()
+
+    def close(self) -> None:
+        """End what runs, with RequestError for who waits for it; a later request starts the engine again."""
+        self._loop.close()
+
+    def submit(
+        self,
+        request: Request,
+        params: SamplingParams,
+        deliver: Callable[[Delta | BaseException], None],
+        priority: int = 0,
+    ) -> Callable[[], None]:
+        """Start a request; return the function that cancels it, which may be called at any time.
+
+        `deliver` is called from the engine's thread, and must neither block nor raise, with the deltas of
+        every choice until each had its finish reason, or with the error that ended the request. A request of
+        a smaller `priority` number goes first. Raises ContextLengthError when prompt and max_tokens exceed
+        the context, and SettingError.
         """
+        ticket = self._ticket(request, params, deliver, priority)
+        self._loop.submit(ticket)
+        return lambda: self._loop.cancel(ticket)
+
+    def stream(
+        self, request: Request, params: SamplingParams, priority: int = 0
+    ) -> Generator[Delta, None, None]:
+        """Generate step by step; the last delta of a choice has the finish reason. Closing cancels.
+
+        Raises what `submit` raises at once, but starts with the first `next`. While nothing arrives it yields
+        empty deltas, so that a waiting request can be closed too.
+        """
+        arrived: queue.SimpleQueue[Delta | BaseException] = queue.SimpleQueue()
+        ticket = self._ticket(request, params, arrived.put, priority)
+        return self._follow(ticket, arrived)
+
+    def generate(self, request: Request, params: SamplingParams, priority: int = 0) -> Completion:
+        """The whole answer at once; SettingError when more than one choice is asked for."""
+        if params.n != 1:
+            raise SettingError("n", f"is {params.n}; use generate_all for more than one choice")
+        return self.generate_all(request, params, priority)[0]
+
+    def generate_all(
+        self, request: Request, params: SamplingParams, priority: int = 0
+    ) -> tuple[Completion, ...]:
+        """All choices of a request, whole, in order."""
+        with closing(self.stream(request, params, priority)) as stream:
+            deltas = list(stream)
+        return tuple(
+            complete((delta for delta in deltas if delta.index == index), len(request.ids))
+            for index in range(params.n)
+        )
+
+    def _follow(
+        self, ticket: Ticket, arrived: queue.SimpleQueue[Delta | BaseException]
+    ) -> Generator[Delta, None, None]:
+        unfinished = len(ticket.sequences)
+        self._loop.submit(ticket)
+        try:
+            while unfinished:
+                try:
+                    item = arrived.get(timeout=_POLL_SECONDS)
+                except queue.Empty:
+                    item = Delta()
+                if isinstance(item, BaseException):
+                    raise item
+                unfinished -= item.finish_reason is not None
+                yield item
+        finally:
+            self._loop.cancel(ticket)
+
+    def _ticket(
+        self,
+        request: Request,
+        params: SamplingParams,
+        deliver: Callable[[Delta | BaseException], None],
+        priority: int,
+    ) -> Ticket:
+        config = self.model.config
+        params.check_ids(config.vocab_size)
+        budget = self._budget(request, params)
+        media = media_of(request, config.image_token_id, self.limits.merge_size)
+        arrival = next_arrival()
+        return Ticket(
+            tuple(
+                Sequence(request, media, self._generation(request, params, budget, index), priority, arrival)
+                for index in range(params.n)
+            ),
+            deliver,
+        )
+
+    def _generation(self, request: Request, params: SamplingParams, budget: int, index: int) -> Generation:
+        return Generation(params, request.ids, budget, tuple(self.template.stop_ids), self.tokenizer, index)
+
+    def _budget(self, request: Request, params: SamplingParams) -> int:
+        """How many tokens may be generated."""
         room = self.max_length - len(request.ids)
-        budget = params.max_tokens or room
+        if params.max_tokens != 0:
+            self._check_room(len(request.ids))
+        budget = room if params.max_tokens is None else params.max_tokens
         if budget > room:
             raise ContextLengthError(
                 f"max_tokens is {budget} but the prompt has {len(request.ids)} tokens and the context holds "
-                f"{self.max_length}: at most {room} can be generated"
+                f"{self.max_length}: at most {max(0, room)} can be generated"
             )
-        return self._take_turn(request, params, budget)
+        if params.min_tokens > budget:
+            raise SettingError("min_tokens", f"is {params.min_tokens}; there is room for {budget} tokens")
+        return budget
 
-    def generate(self, request: Request, params: SamplingParams) -> Completion:
-        """The whole answer at once."""
-        with closing(self.stream(request, params)) as deltas:
-            return complete(deltas, len(request.ids))
-
-    def _take_turn(
-        self, request: Request, params: SamplingParams, budget: int
-    ) -> Generator[Delta, None, None]:
-        ticket = self._turns.join()
-        try:
-            while not self._turns.wait(ticket, _POLL_SECONDS):
-                yield Delta()
-            yield from self._decode(request, params, budget)
-        finally:
-            self._turns.leave(ticket)
-
-    def _decode(self, request: Request, params: SamplingParams, budget: int) -> Generator[Delta, None, None]:
-        text, sampler, cache = TextStream(self.tokenizer, params.stop), Sampler(params), KVCache()
-        ends = set(params.stop_ids) | (set() if params.ignore_eos else set(self.template.stop_ids))
-        logits = self._forward(request, cache)
-        for count in range(1, budget + 1):
-            token = sampler.pick(logits)
-            if token in ends:
-                yield Delta(text.finish(), (token,), "stop")
-                return
-            piece = text.push(token)
-            if text.stopped:
-                yield Delta(piece, (token,), "stop")
-                return
-            if count == budget:
-                yield Delta(piece + text.finish(), (token,), "length")
-                return
-            yield Delta(piece, (token,))
-            logits = self._forward(self._one_token(token, request.next_position + count - 1), cache)
-
-    def _one_token(self, token: int, position: int) -> Request:
-        ids = np.array([token], np.int64)
-        return Request(ids, np.full((1, 3), position, np.int64), self._is_vision(ids))
+    def _check_room(self, tokens: int) -> None:
+        if tokens >= self.max_length:
+            raise ContextLengthError(
+                f"the prompt has {tokens} tokens but the context holds {self.max_length}, "
+                "the answer included; shorten the prompt or serve with a larger maximum length"
+            )
 
     def _is_vision(self, ids: NDArray[np.int64]) -> NDArray[np.bool_] | None:
         return np.isin(ids, self.model.config.vision_token_ids) if self.reads_pictures else None
@@ -184,31 +277,34 @@ class Engine:
                 "remove the placeholder from the text and attach the picture"
             )
 
-    def _forward(self, request: Request, cache: KVCache) -> NDArray[np.float32]:
-        """Read the request's tokens into the cache; the logits [V] that follow its last token."""
-        inputs = Inputs(
-            ids=paddle.to_tensor(request.ids),
-            positions=paddle.to_tensor(request.positions),
-            is_vision=None if request.is_vision is None else paddle.to_tensor(request.is_vision),
-            patches=None if request.patches is None else paddle.to_tensor(request.patches),
-            grids=request.grids,
+
+def complete(deltas: Iterable[Delta], prompt_tokens: int) -> Completion:
+    """Join the deltas of one choice of a whole generation."""
+    kept = [delta for delta in deltas if delta.ids or delta.finish_reason]
+    reason = kept[-1].finish_reason if kept else None
+    assert reason is not None, "a generation ended without a finish reason"
+    return Completion(
+        text="".join(delta.text for delta in kept),
+        ids=tuple(token for delta in kept for token in delta.ids),
+        finish_reason=reason,
+        prompt_tokens=prompt_tokens,
+        index=kept[0].index,
+        logprobs=tuple(entry for delta in kept for entry in delta.logprobs),
+        prompt_logprobs=kept[0].prompt_logprobs,
+        cached_tokens=kept[0].cached_tokens,
+    )
+
+
+def _context(config: ModelConfig, max_length: int | None, capacity: int) -> int:
+    """Prompt and answer together, in tokens: what was asked for, or what model and cache allow."""
+    if max_length is not None and max_length > capacity:
+        raise RequestError(
+            f"a maximum length of {max_length} tokens does not fit into a cache of {capacity}; "
+            "choose a smaller one, or a larger cache_tokens if there is memory"
         )
-        with paddle.no_grad():  # not around the yields: it would stay switched on in the caller's thread
-            hidden = self.model(inputs, cache)
-            logits: NDArray[np.float32] = self.model.logits(hidden[-1:])[0].numpy()
-        return logits
-
-
-def complete(deltas: Iterator[Delta], prompt_tokens: int) -> Completion:
-    """Join the deltas of one whole generation."""
-    text: list[str] = []
-    ids: list[int] = []
-    for delta in deltas:
-        text.append(delta.text)
-        ids.extend(delta.ids)
-        if delta.finish_reason is not None:
-            return Completion("".join(text), tuple(ids), delta.finish_reason, prompt_tokens)
-    raise AssertionError("a generation ended without a finish reason")
+    if capacity < 2:
+        raise RequestError(f"the key/value cache holds {capacity} tokens; make cache_tokens larger")
+    return max_length or min(config.max_position_embeddings, capacity)
 
 
 def _check_length(max_length: int | None, supported: int) -> None:
@@ -216,29 +312,3 @@ def _check_length(max_length: int | None, supported: int) -> None:
         raise RequestError(
             f"a maximum length of {max_length} tokens is impossible; this model takes 2 to {supported}"
         )
-
-
-class Turns:
-    """A fair queue: whoever joined first is served first, and anyone may leave at any time."""
-
-    def __init__(self) -> None:
-        self._line: deque[object] = deque()
-        self._moved = threading.Condition()
-
-    def join(self) -> object:
-        """Queue up; the ticket stands for the place in the line."""
-        ticket = object()
-        with self._moved:
-            self._line.append(ticket)
-        return ticket
-
-    def wait(self, ticket: object, seconds: float) -> bool:
-        """True as soon as the ticket is first in line, False when that takes longer than `seconds`."""
-        with self._moved:
-            return self._moved.wait_for(lambda: self._line[0] is ticket, seconds)
-
-    def leave(self, ticket: object) -> None:
-        """Give up the place, whether served or not."""
-        with self._moved:
-            self._line.remove(ticket)
-            self._moved.notify_all()

@@ -12,6 +12,8 @@ from ernietune.errors import RequestError
 
 FinishReason = Literal["stop", "length"]
 MAX_STOP_STRINGS = 16
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
 _SEED_RANGE = 2**63
 
 
@@ -29,10 +31,15 @@ class ContextLengthError(RequestError):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the answer is drawn from the model and where it ends.
+    """How the answer is drawn from the model and where it ends. Raises SettingError.
 
-    `max_tokens` None means as many as the context holds. Temperature 0 and top_k 1 are greedy; top_k 0 or -1
-    keeps every token. Equal seeds give equal answers; None draws a fresh one. Raises SettingError.
+    `max_tokens` None means as many as the context holds; 0 is allowed where only the prompt is scored.
+    Temperature 0 and top_k 1 are greedy; top_k 0 or -1 keeps every token. Equal seeds give equal answers,
+    whatever else runs; None draws a fresh one. `n` asks for so many choices. Presence and frequency
+    penalties count the answer's tokens, the repetition penalty the prompt's as well. `bad_words` are
+    token sequences that must not appear, `allowed_ids` the only tokens that may. Before `min_tokens` no
+    token and no stop string ends the answer. `logprobs` (and `prompt_logprobs`) is the number of
+    alternatives to report beside each token, None for no report.
     """
 
     max_tokens: int | None = None
@@ -43,23 +50,77 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_ids: tuple[int, ...] | None = None
+    min_tokens: int = 0
+    include_stop: bool = False
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
+        self._check_lengths()
+        self._check_sampling()
+        self._check_words()
+        for field, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            fine = count is None or 0 <= count <= MAX_LOGPROBS
+            _check(fine, field, count, f"between 0 and {MAX_LOGPROBS}")
+
+    def _check_lengths(self) -> None:
+        least = 1 if self.prompt_logprobs is None else 0
+        most = self.max_tokens
+        _check(most is None or most >= least, "max_tokens", most, f"at least {least}")
+        _check(self.min_tokens >= 0, "min_tokens", self.min_tokens, "at least 0")
+        within = most is None or self.min_tokens <= most
+        _check(within, "min_tokens", self.min_tokens, f"at most max_tokens ({most})")
+        _check(1 <= self.n <= MAX_CHOICES, "n", self.n, f"between 1 and {MAX_CHOICES}")
+
+    def _check_sampling(self) -> None:
         _check(0 <= self.temperature <= 2, "temperature", self.temperature, "between 0 and 2")
         _check(0 <= self.top_p <= 1, "top_p", self.top_p, "between 0 and 1")
         _check(self.top_k >= -1, "top_k", self.top_k, "at least 1, or 0 or -1 to keep every token")
+        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
         in_range = self.seed is None or -_SEED_RANGE <= self.seed < _SEED_RANGE
         _check(in_range, "seed", self.seed, "a signed 64-bit integer")
-        _check(
-            len(self.stop) <= MAX_STOP_STRINGS, "stop", list(self.stop), f"at most {MAX_STOP_STRINGS} strings"
-        )
+        penalty = self.repetition_penalty
+        _check(0 < penalty <= 10, "repetition_penalty", penalty, "above 0 and at most 10")
+        for field, value in (
+            ("presence_penalty", self.presence_penalty),
+            ("frequency_penalty", self.frequency_penalty),
+        ):
+            _check(-2 <= value <= 2, field, value, "between -2 and 2")
+
+    def _check_words(self) -> None:
+        few = len(self.stop) <= MAX_STOP_STRINGS
+        _check(few, "stop", list(self.stop), f"at most {MAX_STOP_STRINGS} strings")
         _check("" not in self.stop, "stop", list(self.stop), "strings that are not empty")
+        _check(all(self.bad_words), "bad_words", list(self.bad_words), "words of at least one token")
+        _check(self.allowed_ids != (), "allowed_ids", [], "at least one token, or left out")
+        bounded = all(-100 <= bias <= 100 for _, bias in self.logit_bias)
+        _check(bounded, "logit_bias", dict(self.logit_bias), "biases between -100 and 100")
 
     @property
     def greedy(self) -> bool:
         """True when the most probable token is always taken."""
         return self.temperature == 0 or self.top_k == 1
+
+    def check_ids(self, vocabulary: int) -> None:
+        """Raise SettingError for a token id that the model does not have."""
+        ids = {
+            "stop_ids": self.stop_ids,
+            "bad_words": [token for word in self.bad_words for token in word],
+            "logit_bias": [token for token, _ in self.logit_bias],
+            "allowed_ids": self.allowed_ids or (),
+        }
+        for field, tokens in ids.items():
+            for token in tokens:
+                fine = 0 <= token < vocabulary
+                _check(fine, field, token, f"made of token ids between 0 and {vocabulary - 1}")
 
 
 def _check(fine: bool, field: str, value: object, expected: str) -> None:
@@ -87,15 +148,38 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Delta:
-    """One step of a generation: the tokens it made and the text that became certain with them.
+class TokenLogprob:
+    """The natural logarithm of a token's probability, before temperature and penalties.
 
-    A step without tokens says that the request still waits for its turn. The last step has a finish reason.
+    `top` are the most probable tokens of that place as (id, value), the best first; the token itself is
+    among them only if it is one of the best, and then with the very same value.
+    """
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+PromptLogprobs = tuple[TokenLogprob | None, ...]
+"""One entry per prompt token; nothing predicts the first."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """One step of a choice: the tokens it made and the text that became certain with them.
+
+    A delta without tokens says that the request still waits for its turn. The last one of each choice has
+    a finish reason. `logprobs` go with `ids`. The first delta of a choice tells how many prompt tokens
+    were already in the cache, and of choice 0 also the log-probabilities of the prompt.
     """
 
     text: str = ""
     ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
+    index: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: PromptLogprobs | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,6 +190,10 @@ class Completion:
     ids: tuple[int, ...]
     finish_reason: FinishReason
     prompt_tokens: int
+    index: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: PromptLogprobs | None = None
+    cached_tokens: int = 0
 
     @property
     def completion_tokens(self) -> int:

@@ -15,20 +15,24 @@ class Decoder(Protocol):
 
 
 class TextStream:
-    """The text of one answer as its tokens arrive, cut before the first stop string."""
+    """The text of one answer as its tokens arrive, cut before the first stop string.
 
-    def __init__(self, tokenizer: Decoder, stop: Sequence[str] = ()) -> None:
+    With `include_stop` it is cut behind that string.
+    """
+
+    def __init__(self, tokenizer: Decoder, stop: Sequence[str] = (), include_stop: bool = False) -> None:
         self._characters = Detokenizer(tokenizer)
-        self._stops = StopStrings(stop)
+        self._stops = StopStrings(stop, include_stop)
 
     @property
     def stopped(self) -> bool:
         """True once a stop string was found; further tokens add nothing."""
         return self._stops.found
 
-    def push(self, token: int) -> str:
-        """The text that became certain with this token."""
-        return self._stops.push(self._characters.push(token))
+    def push(self, token: int, may_stop: bool = True) -> str:
+        """The text that became certain with this token; unless it `may_stop`, no stop string lies in it."""
+        text = self._characters.push(token)
+        return self._stops.push(text) if may_stop else text
 
     def finish(self) -> str:
         """The text that was held back; call it once, when no token follows."""
@@ -73,8 +77,8 @@ class StopStrings:
     The result does not depend on how the text is cut into pieces.
     """
 
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = tuple(stop)
+    def __init__(self, stop: Sequence[str], include: bool = False) -> None:
+        self._stop, self._include = tuple(stop), include
         self._held = ""
         self.found = False
 
@@ -86,7 +90,7 @@ class StopStrings:
         hits = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
         if hits:
             self.found, self._held = True, ""
-            return text[: min(hits)[1]]
+            return text[: min(hits)[0 if self._include else 1]]
         certain = len(text) - self._possible_prefix(text)
         self._held = text[certain:]
         return text[:certain]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ernietune_kernels import AttentionPlan, apply_rope, attention, causal_plan
+from ernietune_kernels import AttentionPlan, apply_rope, attention
 from paddle import Tensor, nn
 
 from ernietune.models.config import ModelConfig
@@ -12,10 +12,10 @@ from ernietune.models.layers import Linear
 
 
 class Cache(Protocol):
-    """Keys (after RoPE) and values of what has been read so far."""
+    """Keys (after RoPE) and values of what has been read so far, of one sequence or of many."""
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append [T, KV, d] of one layer; return all [S, KV, d] of it, the new ones last."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Append k and v [T, KV, d] of one layer; what the queries [T, H, d] see of their own sequence."""
         ...
 
 
@@ -34,13 +34,10 @@ class Attention(nn.Layer):
     def forward(
         self, x_TD: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan | None, cache: Cache | None
     ) -> Tensor:
-        """`plan` says who sees whom; with a cache, every new token sees all earlier ones."""
+        """`plan` says who sees whom; with a cache it is None, and the cache knows."""
         q = self.q_proj(x_TD).reshape([-1, self.heads, self.head_dim])
         k = self.k_proj(x_TD).reshape([-1, self.kv_heads, self.head_dim])
         v = self.v_proj(x_TD).reshape([-1, self.kv_heads, self.head_dim])
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        if cache is not None:
-            k, v = cache.update(self.index, k, v)
-        if plan is None:
-            plan = causal_plan(q.shape[0], k.shape[0])
-        return self.o_proj(attention(q, k, v, plan).reshape([-1, self.heads * self.head_dim]))
+        seen = attention(q, k, v, plan) if cache is None else cache.attend(self.index, q, k, v)
+        return self.o_proj(seen.reshape([-1, self.heads * self.head_dim]))

@@ -22,7 +22,8 @@ class Inputs:
     ids int64 [T]; positions int64 [T, 3] as (t, h, w); visible_until int64 [T], the first position that may
     not see key j (None: all T tokens are one document); is_vision bool [T], required by vision-language
     models; patches float [P, 588] normalised, and one grid (frames, rows, columns) per picture, in the order
-    of their tokens.
+    of their tokens. Instead of patches and grids, features [F, H] that `picture_features` gave, for the
+    tokens at feature_rows [F].
     """
 
     ids: Tensor
@@ -31,6 +32,8 @@ class Inputs:
     is_vision: Tensor | None = None
     patches: Tensor | None = None
     grids: tuple[Grid, ...] = ()
+    features: Tensor | None = None
+    feature_rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ class CausalLM(nn.Layer):
     def embed(self, inputs: Inputs) -> Tensor:
         """Token embeddings [T, H] with the picture features in the place of their placeholders."""
         hidden = self.model.embed_tokens(inputs.ids)
+        if inputs.features is not None:
+            return paddle.scatter(hidden, inputs.feature_rows, inputs.features)
         if inputs.patches is None or not inputs.grids:
             return hidden
         places = paddle.nonzero(inputs.ids == self.config.image_token_id).reshape([-1])

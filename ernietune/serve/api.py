@@ -1,256 +1,151 @@
-"""The HTTP server: OpenAI's chat completions over one engine.
-
-Pictures come as `data:` or `http(s)://` urls. Paths and `file://` urls name files of the *server*, so a
-client could read whatever the server can; they are refused unless a media folder is opened for it, and then
-only below that folder.
-"""
+"""The HTTP server: OpenAI's API over one engine."""
 
 from __future__ import annotations
 
 import asyncio
-import json
+import hmac
 import socket
-import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, closing
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.concurrency import run_in_threadpool
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from PIL import Image
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
-from ernietune.errors import CheckpointError, ConfigError, DataError, ErnietuneError, RequestError
+from ernietune.errors import ConfigError
 from ernietune.infer.engine import Engine
-from ernietune.infer.request import ContextLengthError, Delta, SettingError
-from ernietune.infer.request import Request as EngineRequest
-from ernietune.media.image import open_image
-from ernietune.serve.protocol import Answer, ChatRequest, UnsupportedField, error_body, model_card
-from ernietune.text.messages import parse_conversation
+from ernietune.infer.options import EngineOptions
+from ernietune.serve.chats import chat_routes
+from ernietune.serve.completions import completion_routes, tokenizer_routes
+from ernietune.serve.errors import add_error_handlers
+from ernietune.serve.metrics import CONTENT_TYPE
+from ernietune.serve.options import Launch, Settings, changed_limits, pixel_changes
+from ernietune.serve.protocol import ModelNotFound
+from ernietune.serve.schemas import ErrorOut, ModelCard, ModelList
+from ernietune.serve.service import Service
 
-_WAITING_REQUESTS = 64  # threads that wait for their turn or generate
-_CLIENT_CLOSED = 499  # nobody reads it; the usual code for a client that went away
 _SHUTDOWN_SECONDS = 5
+_OPEN_PATHS = ("/health", "/metrics")
 
 
-def serve(
-    path: str | Path,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    adapter: str | Path | None = None,
-    max_length: int | None = None,
-    model_name: str | None = None,
-    media_folder: str | Path | None = None,
-) -> None:
-    """Load a model folder and serve it until interrupted; ConfigError when the port is taken."""
-    listener = listen(host, port)  # before the model: a taken port should not cost a minute of loading
-    print(f"loading {path}", flush=True)
+def serve(launch: Launch) -> None:
+    """Load a model and serve it until interrupted; ConfigError when a port is taken or an option is wrong."""
+    # All that can be wrong is found before the model: it may cost a minute of loading.
+    launch.settings("text", None)
+    pixels = pixel_changes(launch.processor_kwargs)
+    ports = list(dict.fromkeys([launch.port, launch.metrics_port or launch.port]))
+    listeners = [listen(launch.host, port) for port in ports]
+    print(f"loading {launch.model}", flush=True)
     started = time.perf_counter()
-    engine = Engine.load(path, adapter, max_length)
-    name = model_name or Path(path).resolve().name
-    app = create_app(engine, name, Path(media_folder) if media_folder else None)
+    limits = EngineOptions(launch.max_sequences, launch.max_batched_tokens)
+    engine = Engine.load(launch.model, launch.adapter, launch.max_length, limits)
+    engine.limits = changed_limits(engine.limits, pixels)
+    service = Service(engine, launch.settings(engine.template.kind, engine.tokenizer.chat_template))
     print(f"loaded in {time.perf_counter() - started:.1f} s; context {engine.max_length} tokens", flush=True)
-    print(f"ready: http://{host}:{listener.getsockname()[1]}/v1 (model {name})", flush=True)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_SHUTDOWN_SECONDS)
-    uvicorn.Server(config).run(sockets=[listener])
+    urls = [f"http://{launch.host}:{listener.getsockname()[1]}" for listener in listeners]
+    print(f"ready: {urls[0]}/v1 (model {service.settings.model_name})", flush=True)
+    print(f"metrics: {urls[-1]}/metrics", flush=True)
+    apps = [app_of(service), metrics_app(service)]
+    asyncio.run(_run(list(zip(apps, listeners, strict=False))))
+
+
+async def _run(apps: list[tuple[FastAPI, socket.socket]]) -> None:
+    """Serve all apps in one event loop until a signal ends them."""
+    servers = []
+    for app, listener in apps:
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_SHUTDOWN_SECONDS)
+        servers.append(uvicorn.Server(config).serve(sockets=[listener]))
+    await asyncio.gather(*servers)
 
 
 def listen(host: str, port: int) -> socket.socket:
     """An open socket; port 0 takes a free one."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {host}:{port} ({error.strerror}); choose another --port"
-        ) from error
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cannot listen on {host}:{port} ({error}); choose another --port") from error
 
 
-def create_app(engine: Engine, model_name: str, media_folder: Path | None = None) -> FastAPI:
-    """The routes over one engine; clients may name pictures below `media_folder` by path."""
-    app = FastAPI(title="ernietune", docs_url=None, redoc_url=None)
-    workers = ThreadPoolExecutor(_WAITING_REQUESTS, thread_name_prefix="generate")
-    card = model_card(model_name, engine.max_length, int(time.time()))
-    _add_error_handlers(app)
+def create_app(engine: Engine, settings: Settings) -> FastAPI:
+    """The routes over one engine."""
+    return app_of(Service(engine, settings))
 
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card]}
-
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
-        if name != model_name:
-            raise HTTPException(404, f"the model {name!r} is not served here; there is {model_name!r}")
-        return card
-
-    @app.post("/v1/chat/completions")
-    async def chat_completions(body: ChatRequest, http: Request) -> Response:
-        body.check()
-        params = body.sampling()
-        request = await run_in_threadpool(_prepare, engine, body, media_folder)
-        deltas = in_thread(engine.stream(request, params), workers)
-        answer = Answer(model_name, len(request.ids))
-        if not body.stream:
-            return await _whole(answer, deltas, http)
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(
-            _events(answer, deltas, body), media_type="text/event-stream", headers=headers
-        )
-
+def app_of(service: Service) -> FastAPI:
+    """The routes over one service."""
+    app = FastAPI(
+        title="ernietune",
+        docs_url=None,
+        redoc_url=None,
+        dependencies=[Depends(_key_check(service.settings.api_keys))],
+        responses={"4XX": {"model": ErrorOut, "description": "The request cannot be served."}},
+    )
+    add_error_handlers(app)
+    _add_status_routes(app, service)
+    for routes in (chat_routes, completion_routes, tokenizer_routes):
+        app.include_router(routes(service))
     return app
 
 
-def _prepare(engine: Engine, body: ChatRequest, media_folder: Path | None) -> EngineRequest:
-    conversation = parse_conversation(body.record(), "request")
-    return engine.prepare(conversation, picture_opener(media_folder), **body.template_options())
+def metrics_app(service: Service) -> FastAPI:
+    """The metrics alone, for a port of their own."""
+    app = FastAPI(title="ernietune metrics", docs_url=None, redoc_url=None)
+    add_error_handlers(app)
+    _add_metrics_route(app, service)
+    return app
 
 
-def picture_opener(media_folder: Path | None) -> Callable[[str], Image.Image]:
-    """A function that opens the pictures a client may name; RequestError for all others."""
-
-    def open_allowed(url: str) -> Image.Image:
-        if urlsplit(url).scheme in ("data", "http", "https"):
-            return open_image(url)
-        return open_image(str(_local_file(url, media_folder)))
-
-    return open_allowed
+def _add_metrics_route(app: FastAPI, service: Service) -> None:
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def prometheus() -> Response:
+        """Counters and histograms in Prometheus' text format."""
+        return Response(service.metrics.exposition(service.engine.stats()), media_type=CONTENT_TYPE)
 
 
-def _local_file(url: str, media_folder: Path | None) -> Path:
-    if media_folder is None:
-        raise RequestError(
-            "this server does not open local files; send the picture as a data: url (base64) or an http(s) "
-            "url, or start the server with --allow-local-files FOLDER"
-        )
-    path = Path(unquote(urlsplit(url).path) if url.startswith("file://") else url)
-    resolved = (media_folder / path).resolve()
-    if not resolved.is_relative_to(media_folder.resolve()):
-        raise RequestError(f"the picture {url} is outside of the media folder of this server")
-    return resolved
+def _add_status_routes(app: FastAPI, service: Service) -> None:
+    name = service.settings.model_name
+    _add_metrics_route(app, service)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """200 as soon as the model is loaded."""
+        return {"status": "ok"}
+
+    @app.get("/version")
+    async def installed() -> dict[str, str]:
+        """The version of ernietune."""
+        return {"version": _version()}
+
+    @app.get("/v1/models", response_model=ModelList)
+    async def models() -> dict[str, Any]:
+        """The served model."""
+        return {"object": "list", "data": [service.card]}
+
+    @app.get("/v1/models/{model:path}", response_model=ModelCard)
+    async def model_by_name(model: str) -> dict[str, Any]:
+        """The served model by its name."""
+        if model != name:
+            raise ModelNotFound(f"the model {model!r} is not served here; there is {name!r}")
+        return service.card
 
 
-async def in_thread(
-    deltas: Generator[Delta, None, None], workers: ThreadPoolExecutor
-) -> AsyncGenerator[Delta, None]:
-    """Run a generation in a worker thread; leaving the loop early cancels it at the next token."""
-    loop = asyncio.get_running_loop()
-    arrived: asyncio.Queue[Delta | None] = asyncio.Queue()
-    cancelled = threading.Event()
-
-    def work() -> None:
-        try:
-            with closing(deltas):
-                for delta in deltas:
-                    if cancelled.is_set():
-                        return
-                    loop.call_soon_threadsafe(arrived.put_nowait, delta)
-        finally:
-            loop.call_soon_threadsafe(arrived.put_nowait, None)
-
-    done = loop.run_in_executor(workers, work)
+def _version() -> str:
     try:
-        while (delta := await arrived.get()) is not None:
-            yield delta
-        await done  # raises what went wrong in the thread
-    finally:
-        cancelled.set()
+        return version("ernietune")
+    except PackageNotFoundError:  # run from a source folder
+        return "unknown"
 
 
-async def _whole(answer: Answer, deltas: AsyncGenerator[Delta, None], http: Request) -> Response:
-    """The response in one piece; a client that hangs up ends the generation."""
-    text, tokens = "", 0
-    async with aclosing(deltas):
-        async for delta in deltas:
-            text, tokens = text + delta.text, tokens + len(delta.ids)
-            if delta.finish_reason is not None:
-                return JSONResponse(answer.completion(text, tokens, delta.finish_reason))
-            if await http.is_disconnected():
-                break
-    return Response(status_code=_CLIENT_CLOSED)
+def _key_check(keys: tuple[str, ...]) -> Any:
+    """A dependency that lets only holders of a key in; without keys, everybody."""
 
+    async def check(http: Request) -> None:
+        if not keys or http.url.path in _OPEN_PATHS:
+            return
+        given = http.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        if not any(hmac.compare_digest(given, key.encode()) for key in keys):
+            raise HTTPException(401, "send one of the server's API keys as 'Authorization: Bearer KEY'")
 
-async def _events(
-    answer: Answer, deltas: AsyncGenerator[Delta, None], body: ChatRequest
-) -> AsyncIterator[str]:
-    """Server-sent events: the role, the text as it comes, the finish reason, the usage, [DONE]."""
-    options = body.stream_options
-    running = options is not None and options.continuous_usage_stats
-    tokens = 0
-
-    def event(chunk: dict[str, Any]) -> str:
-        return _event(chunk | {"usage": answer.usage(tokens)} if running else chunk)
-
-    yield event(answer.chunk({"role": "assistant", "content": ""}))
-    try:
-        async with aclosing(deltas):
-            async for delta in deltas:
-                tokens += len(delta.ids)
-                if delta.text:
-                    yield event(answer.chunk({"content": delta.text}))
-                if delta.finish_reason is not None:
-                    yield event(answer.chunk({}, delta.finish_reason))
-    except ErnietuneError as error:  # the status line is long gone; clients look for an error object
-        yield _event(error_body(str(error), "server_error"))
-        return
-    if options is not None and options.include_usage:
-        yield _event(answer.usage_chunk(tokens))
-    yield "data: [DONE]\n\n"
-
-
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
-
-
-def _add_error_handlers(app: FastAPI) -> None:
-    """Every error leaves in OpenAI's shape; what the client can repair is a 400."""
-
-    @app.exception_handler(RequestValidationError)
-    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        param = ".".join(str(part) for part in first["loc"][1:])
-        return _failed(400, f"{param or 'request body'}: {first['msg']}", param=param or None)
-
-    @app.exception_handler(RequestError)
-    async def refused(_: Request, error: RequestError) -> JSONResponse:
-        if isinstance(error, ContextLengthError):
-            return _failed(400, str(error), param="messages", code="context_length_exceeded")
-        if isinstance(error, SettingError | UnsupportedField):
-            return _failed(400, str(error), param=error.field, code="invalid_value")
-        return _failed(400, str(error))
-
-    @app.exception_handler(DataError)
-    async def unreadable(_: Request, error: DataError) -> JSONResponse:
-        return _failed(400, str(error), param="messages", code="invalid_value")
-
-    @app.exception_handler(CheckpointError)
-    async def damaged(_: Request, error: CheckpointError) -> JSONResponse:
-        return _failed(500, str(error), "server_error")
-
-    @app.exception_handler(HTTPException)
-    async def no_route(request: Request, error: HTTPException) -> JSONResponse:
-        message = f"{request.method} {request.url.path}: {error.detail}"
-        return _failed(error.status_code, message, code="not_found" if error.status_code == 404 else None)
-
-    @app.exception_handler(Exception)
-    async def defect(_: Request, error: Exception) -> JSONResponse:
-        return _failed(500, f"internal error: {type(error).__name__}; see the server's log", "server_error")
-
-
-def _failed(
-    status: int,
-    message: str,
-    kind: str = "invalid_request_error",
-    param: str | None = None,
-    code: str | None = None,
-) -> JSONResponse:
-    return JSONResponse(error_body(message, kind, param, code), status)
+    return check

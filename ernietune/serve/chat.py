@@ -1,128 +1,176 @@
-"""Talk to a model in the terminal, with pictures by path."""
+"""Talk to a model in the terminal, with pictures by path; the model is here or behind a URL."""
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Protocol, TextIO
+from urllib.parse import urlsplit
 
 from ernietune.errors import DataError, ErnietuneError
-from ernietune.infer.engine import Engine
-from ernietune.infer.request import Delta, SamplingParams
-from ernietune.infer.text_stream import final_answer
 from ernietune.media.image import open_image
-from ernietune.text.messages import Conversation, Message, Part
-
-CHAT_SAMPLING = SamplingParams(max_tokens=1024, temperature=0.95, top_p=0.7)
-"""The sampling settings of ERNIE's own command-line chat."""
+from ernietune.serve.wire import message_record
+from ernietune.text.messages import Conversation, Message, Part, parse_conversation
+from ernietune.text.parse import Event, Parsed, collect
 
 GREETING = (
-    "Type a message. `clear` forgets the conversation, `exit` or Ctrl-D leaves, Ctrl-C stops an answer."
+    "Type a message. `clear` forgets the conversation, Ctrl-C stops an answer, `exit` or Ctrl-D leaves.\n"
+    "`/system TEXT` sets the system message, `/save FILE` and `/load FILE` keep a conversation."
 )
 PICTURE_GREETING = "`/image PATH`, or just the path, attaches a picture to the next message."
 _PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+_ENDINGS = {"length": " [cut off: the limit of tokens is reached]", None: " [stopped]"}
+
+Step = tuple[list[Event], str | None]
+"""What became certain, and the finish reason in the last step."""
+
+
+class Speaker(Protocol):
+    """Whoever answers: an engine, or a server."""
+
+    @property
+    def reads_pictures(self) -> bool: ...
+    def answer(self, conversation: Conversation) -> Generator[Step, None, None]: ...
 
 
 def chat(
-    engine: Engine,
-    params: SamplingParams = CHAT_SAMPLING,
+    speaker: Speaker,
     system: str | None = None,
     read: Callable[[str], str] = input,
     out: TextIO | None = None,
-    **template_options: Any,
 ) -> None:
     """Read messages and stream answers until `exit` or the end of the input.
 
     `read` is called with the prompt and raises EOFError at the end, as `input` does; the answers go to `out`
-    (default: the standard output).
+    (default: the standard output), thoughts dimmed where that is a terminal.
     """
-    Chat(engine, params, system, out or sys.stdout, template_options).run(read)
+    Chat(speaker, system, out or sys.stdout).run(read)
 
 
 class Chat:
     """One conversation and the pictures waiting for its next message."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        params: SamplingParams,
-        system: str | None,
-        out: TextIO,
-        options: dict[str, Any],
-    ) -> None:
-        self._engine, self._params, self._out, self._options = engine, params, out, options
-        self._start = [Message("system", (Part("text", system),))] if system else []
-        self._clear()
+    def __init__(self, speaker: Speaker, system: str | None, out: TextIO) -> None:
+        self._speaker, self._out = speaker, out
+        self._system = system
+        self._messages: list[Message] = []
+        self._pictures: list[str] = []
 
     def run(self, read: Callable[[str], str]) -> None:
         """Answer one line after the other."""
         self._say(GREETING)
-        if self._engine.reads_pictures:
+        if self._speaker.reads_pictures:
             self._say(PICTURE_GREETING)
         for line in _lines(read):
-            if line == "exit":
+            if line in ("exit", "quit"):
                 return
-            self._handle(line)
+            try:
+                self._handle(line)
+            except ErnietuneError as error:  # the conversation is as it was before the line
+                self._say(f"error: {error}")
 
     def _handle(self, line: str) -> None:
-        picture = _picture_path(line)
+        command, _, rest = line.partition(" ")
+        commands = {
+            "/image": self._attach,
+            "/system": self._set_system,
+            "/save": self._save,
+            "/load": self._load,
+        }
+        bare = line.strip("'\"")
         if line == "clear":
-            self._clear()
+            self._messages, self._pictures = [], []
             self._say("The conversation is empty again.")
-        elif picture is not None:
-            self._attach(picture)
+        elif command in commands:
+            commands[command](rest.strip().strip("'\""))
+        elif Path(bare).suffix.lower() in _PICTURE_SUFFIXES and Path(bare).is_file():
+            self._attach(bare)
         elif line:
             self._answer(line)
 
-    def _clear(self) -> None:
-        self._messages = list(self._start)
-        self._pictures: list[str] = []
-
     def _attach(self, path: str) -> None:
         """Remember a picture for the next message; opening it now shows a mistake where it was made."""
-        if not self._engine.reads_pictures:
+        if not self._speaker.reads_pictures:
             self._say("This model reads text only.")
             return
-        try:
-            size = open_image(path).size
-        except DataError as error:
-            self._say(f"error: {error}")
-            return
-        self._pictures.append(path)
+        size = open_image(path).size
+        # A saved conversation should find its pictures from anywhere.
+        self._pictures.append(path if urlsplit(path).scheme else str(Path(path).expanduser().absolute()))
         self._say(f"Picture {Path(path).name} ({size[0]} x {size[1]}) goes with your next message.")
+
+    def _set_system(self, text: str) -> None:
+        self._system = text or None
+        self._say("The system message is set." if text else "There is no system message any more.")
+
+    def _save(self, path: str) -> None:
+        """Write the conversation as one record of training data."""
+        record = {"messages": [message_record(message) for message in self._conversation([]).messages]}
+        try:
+            with Path(path).expanduser().open("x", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        except FileExistsError as error:
+            raise DataError(f"{path} exists already; choose another name") from error
+        except OSError as error:
+            raise DataError(f"cannot write {path!r}: {error.strerror}") from error
+        self._say(f"Saved {len(self._messages)} messages to {path}.")
+
+    def _load(self, path: str) -> None:
+        try:
+            record = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read {path!r}: {error}") from error
+        conversation = parse_conversation(record, path)
+        if conversation.tools:
+            raise DataError(f"{path} offers tools, which this chat cannot call")
+        messages = list(conversation.messages)
+        self._system = messages.pop(0).text if messages[0].role == "system" else None
+        self._messages, self._pictures = messages, []
+        self._say(f"Loaded {len(messages)} messages from {path}.")
+
+    def _conversation(self, new: list[Message]) -> Conversation:
+        start = [Message("system", (Part("text", self._system),))] if self._system else []
+        return Conversation((*start, *self._messages, *new))
 
     def _answer(self, line: str) -> None:
         """Stream the answer; a failed turn leaves the conversation as it was."""
         parts = (*(Part("image", url=path) for path in self._pictures), Part("text", line))
-        messages = [*self._messages, Message("user", parts)]
-        try:
-            request = self._engine.prepare(Conversation(tuple(messages)), **self._options)
-            with closing(self._engine.stream(request, self._params)) as deltas:
-                text = self._show(deltas)
-        except ErnietuneError as error:
-            self._say(f"error: {error}")
-            return
+        question = Message("user", parts)
+        asked = self._conversation([question])
         # As the templates want it: the thoughts of earlier turns are not read again.
-        self._messages = [*messages, Message("assistant", (Part("text", final_answer(text)),))]
+        asked = Conversation(tuple(replace(message, reasoning=None) for message in asked.messages))
+        with closing(self._speaker.answer(asked)) as steps:
+            said = self._show(steps)
+        content = (Part("text", said.content or ""),)
+        self._messages += [question, Message("assistant", content, said.reasoning)]
         self._pictures = []
 
-    def _show(self, deltas: Iterator[Delta]) -> str:
+    def _show(self, steps: Iterator[Step]) -> Parsed:
         """Print the answer as it comes; Ctrl-C ends it where it is."""
-        text, reason = "", None
+        events: list[Event] = []
+        reason: str | None = None
         try:
-            for delta in deltas:
-                text, reason = text + delta.text, delta.finish_reason
-                self._out.write(delta.text)
+            for step in steps:
+                new, reason = step
+                for event in new:
+                    self._print(event, events[-1] if events else None)
+                    events.append(event)
                 self._out.flush()
         except KeyboardInterrupt:
             reason = None
-        note = {"stop": "", "length": " [cut off: the limit of tokens is reached]", None: " [stopped]"}[
-            reason
-        ]
-        self._say(note)
-        return text
+        self._say(_ENDINGS.get(reason, ""))
+        return collect(events)
+
+    def _print(self, event: Event, last: Event | None) -> None:
+        if event.kind == "reasoning" and self._out.isatty():
+            self._out.write(f"{_DIM}{event.text}{_PLAIN}")
+        elif event.kind in ("reasoning", "content"):
+            after_thought = event.kind == "content" and last is not None and last.kind != "content"
+            self._out.write("\n\n" * after_thought + event.text)
 
     def _say(self, text: str) -> None:
         self._out.write(text + "\n")
@@ -138,13 +186,3 @@ def _lines(read: Callable[[str], str]) -> Iterator[str]:
             continue
         except EOFError:
             return
-
-
-def _picture_path(line: str) -> str | None:
-    """The path in `/image PATH`, or the line itself when it is the path of an existing picture."""
-    command, _, rest = line.partition(" ")
-    if command == "/image":
-        return rest.strip().strip("'\"")
-    bare = line.strip("'\"")
-    is_picture = Path(bare).suffix.lower() in _PICTURE_SUFFIXES and Path(bare).is_file()
-    return bare if is_picture else None

@@ -1,45 +1,34 @@
-"""OpenAI's chat completions: what comes in is checked, what goes out is built here."""
+"""Requests in OpenAI's form: checked, and mapped to the engine's settings, here and only here."""
 
 from __future__ import annotations
 
-import time
-import uuid
-from dataclasses import dataclass, field
-from typing import Any
+import json
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from ernietune.errors import RequestError
-from ernietune.infer.request import FinishReason, SamplingParams
+from ernietune.infer.request import SamplingParams, SettingError
 
-# Fields that would change the answer and are not supported, with the values that ask for nothing.
-# Every other unknown field is harmless (user, store, service_tier, ...) and ignored.
-UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
+_Accepted = dict[str, tuple[object, ...]]
+# Fields that wait for an engine that has them, with the values that ask for nothing. A field moves from here
+# to `SamplingFields` and into `SamplingFields.sampling`.
+NEEDS_ENGINE: _Accepted = {
     "prompt_logprobs": (False,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "audio": (),
-    "web_search_options": (),
-    "reasoning_effort": (),
-    "thinking_token_budget": (),
+    "bad_words_token_ids": ([],),
     "reasoning_max_tokens": (),
     "response_max_tokens": (),
-    "include_stop_str_in_output": (False,),
-    "bad_words": ([],),
-    "allowed_token_ids": ([],),
+    "thinking_token_budget": (),
+    "response_format": ({"type": "text"},),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -47,21 +36,93 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "structured_outputs": (),
     "structural_tag": (),
     "logits_processors_args": ({},),
+}
+# Fields that would change the answer and that nobody plans to support.
+REFUSED: _Accepted = {
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+    "reasoning_effort": (),
     "chat_template": (),
     "continue_final_message": (False,),
     "add_generation_prompt": (True,),
-    "echo": (False,),
     "prompt_token_ids": (),
     "return_token_ids": (False,),
+    "suffix": ("",),
+    "truncate_prompt_tokens": (),
+    "mm_processor_kwargs": ({},),
 }
+# Every other unknown field is harmless (user, store, service_tier, ...) and ignored.
+UNSUPPORTED = NEEDS_ENGINE | REFUSED
+# What the server itself gives to the chat template.
+_RESERVED_OPTIONS = {
+    "conversation",
+    "open_picture",
+    "image_tokens",
+    "messages",
+    "tools",
+    "self",
+    "train_all_turns",
+}
+
+
+_OBJECTS = {"type": "array", "items": {"type": "object"}}
+_NULLABLE_TEXT = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+# `text.messages` checks messages, as it checks training data, and names what is wrong; this describes them.
+_Message = Annotated[
+    dict[str, Any],
+    WithJsonSchema(
+        {
+            "type": "object",
+            "required": ["role"],
+            "properties": {
+                "role": {"enum": ["system", "user", "assistant", "tool"]},
+                "content": {
+                    "anyOf": [*_NULLABLE_TEXT["anyOf"], {"type": "array", "items": {"type": "object"}}]
+                },
+                "reasoning_content": _NULLABLE_TEXT,
+                "tool_calls": _OBJECTS,
+                "tool_call_id": {"type": "string"},
+                "name": {"type": "string"},
+            },
+        }
+    ),
+]
 
 
 class UnsupportedField(RequestError):
     """A request asks for something that this server cannot do; `field` names it."""
 
-    def __init__(self, field: str, value: object) -> None:
-        super().__init__(f"{field}={value!r} is not supported by this server; leave the field out")
+    def __init__(self, field: str, value: object, advice: str = "leave the field out") -> None:
+        shown = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}..."
+        super().__init__(f"{field}={shown} is not supported by this server; {advice}")
         self.field = field
+
+
+class ModelNotFound(RequestError):
+    """A strict server was asked for a model of another name."""
+
+
+class RequestBody(BaseModel):
+    """What all request bodies have in common."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, body: Any) -> Any:
+        """JSON can spell halves of surrogate pairs, which are no text and could not be sent back."""
+        if not isinstance(body, dict):
+            return body  # refused next
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a string holds half of a surrogate pair; that is no text") from None
+        except RecursionError:
+            raise ValueError("the body is nested too deeply") from None
+        return body
 
 
 class StreamOptions(BaseModel):
@@ -71,16 +132,11 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = False
 
 
-class ChatRequest(BaseModel):
-    """The body of POST /v1/chat/completions; the model's name is not checked."""
+class SamplingFields(RequestBody):
+    """How an answer is drawn and sent; the same for chats and completions."""
 
-    model_config = ConfigDict(extra="allow")
-
-    messages: list[dict[str, Any]] = Field(min_length=1)
     model: str | None = None
-    tools: list[dict[str, Any]] | None = None
     max_tokens: int | None = None
-    max_completion_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -88,42 +144,132 @@ class ChatRequest(BaseModel):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
+    n: int | None = None
+    min_p: float | None = None
+    min_tokens: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    include_stop_str_in_output: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
+
+    unsupported: ClassVar[_Accepted] = UNSUPPORTED
+
+    def check(self, served: str | None = None) -> None:
+        """Raise RequestError for a field that would be ignored although it changes the answer.
+
+        `served` is the only model name that is accepted; None accepts any.
+        """
+        for name, value in (self.model_extra or {}).items():
+            if name in self.unsupported and value is not None and value not in self.unsupported[name]:
+                raise UnsupportedField(name, value)
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options needs stream=true")
+        if served is not None and self.model is not None and self.model != served:
+            raise ModelNotFound(f"the model {self.model!r} is not served here; there is {served!r}")
+
+    def sampling(
+        self, seed: int | None = None, bad_words: tuple[tuple[int, ...], ...] = ()
+    ) -> SamplingParams:
+        """The sampling settings, with OpenAI's defaults; SettingError names one that is out of range.
+
+        `seed` is for requests that bring none, `bad_words` are the tokens of the field of that name.
+        """
+        logprobs, prompt_logprobs = self.reports()
+        given = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "n": self.n,
+            "min_p": self.min_p,
+            "min_tokens": self.min_tokens,
+            "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+        }
+        return SamplingParams(
+            max_tokens=self.token_limit(),
+            seed=seed if self.seed is None else self.seed,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            stop_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=self.ignore_eos,
+            bad_words=bad_words,
+            logit_bias=_biases(self.logit_bias or {}),
+            allowed_ids=tuple(self.allowed_token_ids) if self.allowed_token_ids else None,
+            include_stop=self.include_stop_str_in_output,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+        )
+
+    def reports(self) -> tuple[int | None, int | None]:
+        """How many alternatives to report beside each token of the answer and of the prompt."""
+        return None, None
+
+    def token_limit(self) -> int | None:
+        """The most tokens to generate, None for as many as the context holds."""
+        return self.max_tokens
+
+
+def _biases(given: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    try:
+        return tuple((int(token), bias) for token, bias in given.items())
+    except ValueError as error:
+        raise SettingError("logit_bias", f"has keys that are no token ids ({error})") from error
+
+
+class ChatRequest(SamplingFields):
+    """The body of POST /v1/chat/completions."""
+
+    messages: list[_Message] = Field(min_length=1)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    max_completion_tokens: int | None = None
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None
 
-    def check(self) -> None:
-        """Raise RequestError for a field that would be ignored although it changes the answer."""
-        for name, value in (self.model_extra or {}).items():
-            if name in UNSUPPORTED and value is not None and value not in UNSUPPORTED[name]:
-                raise UnsupportedField(name, value)
-        if self.stream_options is not None and not self.stream:
-            raise RequestError("stream_options needs stream=true")
+    @property
+    def uses_tools(self) -> bool:
+        """Whether the model may call tools."""
+        return bool(self.tools) and self.tool_choice != "none"
+
+    def check(self, served: str | None = None) -> None:
+        """As for all requests; tool choices that need guided decoding are refused too."""
+        super().check(served)
+        if self.tool_choice not in (None, "none", "auto"):
+            raise UnsupportedField("tool_choice", self.tool_choice, "'auto' and 'none' are")
+        if self.top_logprobs and not self.logprobs:
+            raise SettingError("top_logprobs", "needs logprobs=true")
+        reserved = _RESERVED_OPTIONS & self.template_options().keys()
+        if reserved:
+            raise RequestError(f"chat_template_kwargs may not set {min(reserved)!r}")
+
+    def reports(self) -> tuple[int | None, int | None]:
+        """`top_logprobs` of the answer, when logprobs are wanted."""
+        return (self.top_logprobs or 0 if self.logprobs else None), None
 
     def record(self) -> dict[str, Any]:
         """The conversation in the form of the training data; tool_choice "none" leaves the tools out."""
-        offered = self.tools and (self.model_extra or {}).get("tool_choice") != "none"
-        return {"messages": self.messages, **({"tools": self.tools} if offered else {})}
+        return {"messages": self.messages, **({"tools": self.tools} if self.uses_tools else {})}
 
-    def sampling(self) -> SamplingParams:
-        """The sampling settings, with OpenAI's defaults; SettingError names one that is out of range."""
-        given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        newer = self.max_completion_tokens
-        return SamplingParams(
-            max_tokens=self.max_tokens if newer is None else newer,
-            seed=self.seed,
-            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
-            stop_ids=tuple(self.stop_token_ids or ()),
-            ignore_eos=self.ignore_eos,
-            **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
-        )
+    def token_limit(self) -> int | None:
+        """`max_completion_tokens` wins over its older name."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def template_options(self) -> dict[str, Any]:
         """Options of the chat template; enable_thinking wins over chat_template_kwargs over metadata."""
         options = dict(self.chat_template_kwargs or {})
         in_metadata = (self.metadata or {}).get("enable_thinking")
+        if options.pop("add_generation_prompt", True) is not True:
+            raise RequestError("chat_template_kwargs: add_generation_prompt is always true here")
         if self.enable_thinking is not None:
             options["enable_thinking"] = self.enable_thinking
         elif in_metadata is not None:
@@ -131,63 +277,75 @@ class ChatRequest(BaseModel):
         return options
 
 
-@dataclass(frozen=True)
-class Answer:
-    """Builds the JSON of one response; all chunks of a stream share its id and time."""
-
-    model: str
-    prompt_tokens: int
-    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def completion(self, text: str, completion_tokens: int, finish_reason: FinishReason) -> dict[str, Any]:
-        """The body of a response in one piece."""
-        message = {"role": "assistant", "content": text}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
-        return self._object("chat.completion", [choice]) | {"usage": self.usage(completion_tokens)}
-
-    def chunk(self, delta: dict[str, str], finish_reason: FinishReason | None = None) -> dict[str, Any]:
-        """One chunk of a stream."""
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return self._object("chat.completion.chunk", [choice])
-
-    def usage_chunk(self, completion_tokens: int) -> dict[str, Any]:
-        """The last chunk of a stream that was asked for usage: it has no choices."""
-        return self._object("chat.completion.chunk", []) | {"usage": self.usage(completion_tokens)}
-
-    def usage(self, completion_tokens: int) -> dict[str, int]:
-        """Token counts of prompt and answer."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": self.prompt_tokens + completion_tokens,
-        }
-
-    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-        }
+TokenIds = list[Annotated[int, Field(strict=True, ge=0)]]
 
 
-def model_card(name: str, max_length: int, created: int) -> dict[str, Any]:
-    """One entry of /v1/models."""
-    return {
-        "id": name,
-        "object": "model",
-        "created": created,
-        "owned_by": "ernietune",
-        "root": name,
-        "parent": None,
-        "max_model_len": max_length,
-    }
+class CompletionRequest(SamplingFields):
+    """The body of POST /v1/completions: one prompt or several, as text or as token ids."""
+
+    prompt: str | TokenIds | list[str] | list[TokenIds]
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+    echo: bool = False
+    best_of: int | None = None
+
+    def check(self, served: str | None = None) -> None:
+        """As for all requests; more tries than answers are refused."""
+        super().check(served)
+        if self.best_of not in (None, self.n or 1):
+            raise UnsupportedField("best_of", self.best_of, "it may only be n")
+
+    def reports(self) -> tuple[int | None, int | None]:
+        """With `echo` the prompt's are reported too, or only read when no token is to be made."""
+        scored = self.echo and (self.logprobs is not None or self.max_tokens == 0)
+        return self.logprobs, (self.logprobs or 0) if scored else None
+
+    @field_validator("prompt", mode="wrap")
+    @classmethod
+    def _one_form(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return check(value)
+        except ValidationError:
+            raise ValueError("expected a string, token ids, or a list of either") from None
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts one by one; RequestError when there are none."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if not self.prompt:
+            raise RequestError("prompt is empty; at least one token is needed")
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
 
 
-def error_body(
-    message: str, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    """An error in OpenAI's shape."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+class TokenizeRequest(RequestBody):
+    """The body of POST /tokenize: a text, or a chat with its generation prompt."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[_Message] | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool = False
+
+    def chat(self) -> ChatRequest | None:
+        """The chat, None for a text; RequestError unless there is exactly one of them."""
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("give either 'prompt' or 'messages'")
+        if self.messages is None:
+            return None
+        if not self.messages:
+            raise RequestError("messages is empty; at least one message is needed")
+        chat = ChatRequest(
+            messages=self.messages, tools=self.tools, chat_template_kwargs=self.chat_template_kwargs
+        )
+        chat.check()
+        return chat
+
+
+class DetokenizeRequest(RequestBody):
+    """The body of POST /detokenize."""
+
+    model: str | None = None
+    tokens: TokenIds

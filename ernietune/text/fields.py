@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NoReturn
@@ -69,6 +70,15 @@ class Field:
                 f"holds half of a surrogate pair at character {error.start}; it is not valid Unicode text"
             )
         return self.value
+
+    def json(self) -> str:
+        """The value as JSON text; it must be made of JSON values and valid Unicode only."""
+        try:
+            text = json.dumps(self.value, ensure_ascii=False, allow_nan=False)
+            text.encode()
+        except (TypeError, ValueError) as error:
+            self.fail(f"cannot be written as JSON: {error}")
+        return text
 
     def choice(self, allowed: Collection[str]) -> str:
         """One of some words."""

@@ -194,6 +194,7 @@ def _arguments(field: Field) -> dict[str, Any]:
             field.fail(f"is not valid JSON: {error}")
     if not isinstance(value, dict):
         field.wrong_type("an object, or a string holding a JSON object")
+    Field(field.where, field.path, value).json()
     return value
 
 
@@ -207,5 +208,6 @@ def _tool(field: Field) -> dict[str, Any]:
         members["description"].string()
     if "parameters" in members and not isinstance(members["parameters"].value, dict):
         members["parameters"].wrong_type("an object (a JSON schema)")
+    field.json()
     assert isinstance(field.value, dict)
     return field.value

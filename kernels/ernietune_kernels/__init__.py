@@ -4,7 +4,14 @@
 here is what the models call; it is chosen by the tensors' place in one spot per operation.
 """
 
-from ernietune_kernels.block_attention import AttentionPlan, attention, causal_plan, frame_attention
+from ernietune_kernels.block_attention import (
+    AttentionPlan,
+    attention,
+    cached_attention,
+    causal_plan,
+    decode_attention,
+    frame_attention,
+)
 from ernietune_kernels.cross_entropy import linear_cross_entropy
 from ernietune_kernels.grouped_gemm import grouped_linear
 from ernietune_kernels.lora import grouped_lora_linear, lora_linear
@@ -16,7 +23,9 @@ __all__ = [
     "Permutation",
     "apply_rope",
     "attention",
+    "cached_attention",
     "causal_plan",
+    "decode_attention",
     "frame_attention",
     "grouped_linear",
     "grouped_lora_linear",

@@ -108,15 +108,30 @@ def _ungrouped(pieces: list[Tensor], groups: int, repeat: int) -> Tensor:
     return whole.transpose([2, 0, 1, 3]).reshape([-1, groups * repeat, width])
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-    groups, repeat = k.shape[1], q.shape[1] // k.shape[1]
-    queries, keys, values = _grouped(q * q.shape[-1] ** -0.5, groups), _heads_first(k), _heads_first(v)
+def cached_attention(q_THd: Tensor, k_KSd: Tensor, v_KSd: Tensor, plan: AttentionPlan) -> Tensor:
+    """`attention` [T, H, d] without gradients over keys and values that are stored by head."""
+    groups, repeat = k_KSd.shape[0], q_THd.shape[1] // k_KSd.shape[0]
+    queries, keys, values = _grouped(q_THd * q_THd.shape[-1] ** -0.5, groups), k_KSd, v_KSd
     pieces = []
     for block in plan.blocks:
         span = slice(block.low, block.high)
-        weights = _softmax_block(_rows(queries, block), keys[:, span], block, repeat)
-        pieces.append(paddle.matmul(weights, values[:, span]))
+        whole = block.low == 0 and block.high == plan.keys  # a slice of a CPU tensor is a copy
+        seen_k, seen_v = (keys, values) if whole else (keys[:, span], values[:, span])
+        weights = _softmax_block(_rows(queries, block), seen_k, block, repeat)
+        pieces.append(paddle.matmul(weights, seen_v))
     return _ungrouped(pieces, groups, repeat)
+
+
+def decode_attention(q_BHd: Tensor, k_KBSd: Tensor, v_KBSd: Tensor, bias_BS: Tensor) -> Tensor:
+    """One query for each of B sequences over its own keys, padded to S: [B, H, d]; no gradients.
+
+    `bias_BS` is 0 where a key is one and -inf where it is padding, which must be finite nonetheless.
+    """
+    groups, batch, _, width = k_KBSd.shape
+    q = (q_BHd * width**-0.5).reshape([batch, groups, -1, width]).transpose([1, 0, 2, 3])
+    scores = paddle.matmul(q, k_KBSd, transpose_y=True).astype("float32") + bias_BS.unsqueeze(1)
+    seen = paddle.matmul(F.softmax(scores).astype(v_KBSd.dtype), v_KBSd)
+    return seen.transpose([1, 0, 2, 3]).reshape([batch, -1, width])
 
 
 class _BlockAttention(PyLayer):
@@ -124,7 +139,7 @@ class _BlockAttention(PyLayer):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-        output = _forward(q, k, v, plan)
+        output = cached_attention(q, _heads_first(k), _heads_first(v), plan)
         ctx.plan = plan
         ctx.save_for_backward(q, k, v, output)
         return output
@@ -167,7 +182,7 @@ def attention(q_THd: Tensor, k_SKd: Tensor, v_SKd: Tensor, plan: AttentionPlan) 
     if q_THd.place.is_gpu_place() and plan.queries == plan.keys:
         return _flash_mask(q_THd, k_SKd, v_SKd, plan)
     if not paddle.is_grad_enabled() or (q_THd.stop_gradient and k_SKd.stop_gradient and v_SKd.stop_gradient):
-        return _forward(q_THd, k_SKd, v_SKd, plan)
+        return cached_attention(q_THd, _heads_first(k_SKd), _heads_first(v_SKd), plan)
     return _BlockAttention.apply(q_THd, k_SKd, v_SKd, plan)
 
 

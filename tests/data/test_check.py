@@ -267,3 +267,9 @@ def test_pairs_are_checked_as_both_of_their_dialogues(tmp_path: Path, encoder: E
     path.write_text(json.dumps(preference()) + "\n")
     report = check([path], encoder)
     assert (report.records, report.samples, report.findings) == (1, 2, [])
+    broken = preference()
+    broken["rejected"]["content"] = "w " * 999
+    path.write_text(json.dumps(broken) + "\n")
+    (finding,) = check([path], encoder).findings
+    assert finding.detail.startswith(f"{path}:1: rejected: 1091 tokens are more than")
+    assert finding.reason == "too long"

@@ -95,13 +95,13 @@ def test_the_page_shows_pictures_and_what_is_trained(
         colors.append(image.convert("RGB").getpixel((0, 0)))
     assert colors == [(220, 30, 30), (220, 30, 30), (30, 60, 220)]
     shown = capsys.readouterr().out
-    assert f"{SAMPLES / 'erniekit_vl.json'}:2: up to messages[1]: " in shown
-    assert re.search(r"packing: 4 samples in \d rows of 64 tokens, [\d.]+% full", shown)
+    assert f"{SAMPLES / 'erniekit_vl.json'}:2: up to messages[1]: tokens " in shown
+    assert re.search(r"packing: samples 4, rows \d of 64 tokens, [\d.]+% full", shown)
     assert "Hi" in shown
 
 
 def test_packing_in_words() -> None:
-    assert packing_line([[30, 20], [50]], 100) == "packing: 3 samples in 2 rows of 100 tokens, 50.0% full"
+    assert packing_line([[30, 20], [50]], 100) == "packing: samples 3, rows 2 of 100 tokens, 50.0% full"
 
 
 def test_a_histogram_by_powers_of_two() -> None:
@@ -146,3 +146,11 @@ def test_wrong_options_are_named() -> None:
         data_section(None, "csv", "all", False)
     with pytest.raises(ConfigError, match="--max-length is 0"):
         data_section(0, "auto", "all", False)
+
+
+def test_options_without_effect_are_refused(model: str) -> None:
+    data = data_section(None, "auto", "all", False)
+    with pytest.raises(ConfigError, match="need --model"):
+        run_check([SAMPLES / "messages.jsonl"], None, "vl", data)
+    with pytest.raises(ConfigError, match="--first is 7, but .*messages.jsonl has 1 records"):
+        run_preview([SAMPLES / "messages.jsonl"], model, "auto", data, range(7, 8), None)

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from ernietune.data.formats import to_conversation
 from ernietune.data.sources import open_source, read_records, without_nulls
 from ernietune.errors import DataError
+from ernietune.media.image import open_image
 
 
 def test_json_lines_are_read_by_number_in_any_order(tmp_path: Path) -> None:
@@ -165,3 +169,25 @@ def test_csv_mistakes_are_data_errors(tmp_path: Path) -> None:
     (tmp_path / "empty.csv").write_text("")
     with pytest.raises(DataError, match=r"empty\.csv"):
         open_source(tmp_path / "empty.csv")
+
+
+@pytest.mark.usefixtures("_cache")
+@pytest.mark.parametrize("saved", ["a.parquet", "folder"])
+def test_pictures_inside_of_a_table(tmp_path: Path, saved: str) -> None:
+    import datasets
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (56, 56), "blue").save(buffer, "PNG")
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "blue"}]
+    records = [{"conversations": turns, "images": [{"bytes": buffer.getvalue(), "path": None}]}]
+    features = datasets.Features(
+        {
+            "conversations": [{"from": datasets.Value("string"), "value": datasets.Value("string")}],
+            "images": [datasets.Image()],
+        }
+    )
+    table = datasets.Dataset.from_list(records, features=features)
+    (table.to_parquet if saved.endswith("parquet") else table.save_to_disk)(str(tmp_path / saved))
+    source = open_source(tmp_path / saved)
+    (url,) = to_conversation(source.read(0), source.where(0)).images
+    assert open_image(url).getpixel((5, 5)) == (0, 0, 255)

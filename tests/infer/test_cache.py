@@ -3,31 +3,57 @@ from __future__ import annotations
 import numpy as np
 import paddle
 import pytest
+from ernietune_kernels import reference
 
-from ernietune.infer.cache import KVCache
+from ernietune.infer.cache import Span, StepCache, _DeviceRows, _HostRows, slots_of
+
+HEADS, KV, WIDTH, LAYERS = 4, 2, 8, 2
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])  # shared with numpy, and sliced
-def test_update_returns_all_rows_in_order_across_growth(dtype: str) -> None:
+def test_slots_follow_the_blocks() -> None:
+    assert slots_of([3, 0, 7], 4, 10).tolist() == [12, 13, 14, 15, 0, 1, 2, 3, 28, 29]
+
+
+def dense(q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor) -> np.ndarray:
+    count = q.shape[0]
+    return reference.attention(q, k, v, paddle.tril(paddle.ones([count, count], "bool"))).numpy()
+
+
+@pytest.mark.parametrize("kind", [_HostRows, _DeviceRows])
+def test_sequences_in_scattered_blocks_attend_to_themselves(kind: type) -> None:
+    """Two sequences read in pieces that share steps: as if each had been read at once, in both layers."""
     generator = np.random.default_rng(0)
-    cache, keys, values = KVCache(), [], []
-    for count in (5, 1, 1, 300, 1, 700):
-        k, v = (generator.standard_normal((count, 2, 4)).astype(dtype) for _ in "kv")
-        keys.append(k)
-        values.append(v)
-        for layer in (0, 1):
-            all_k, all_v = cache.update(layer, paddle.to_tensor(k) * (layer + 1), paddle.to_tensor(v))
-            np.testing.assert_array_equal(all_k.numpy(), np.concatenate(keys) * np.array(layer + 1, dtype))
-            np.testing.assert_array_equal(all_v.numpy(), np.concatenate(values))
-    assert cache.tokens == 1008
-
-
-def test_what_was_returned_stays_valid() -> None:
-    cache = KVCache()
-    first, _ = cache.update(0, paddle.ones([3, 1, 2]), paddle.ones([3, 1, 2]))
-    cache.update(0, paddle.zeros([2000, 1, 2]), paddle.zeros([2000, 1, 2]))
-    assert first.numpy().tolist() == [[[1.0, 1.0]]] * 3
-
-
-def test_an_empty_cache_has_no_tokens() -> None:
-    assert KVCache().tokens == 0
+    rows = kind(LAYERS, KV, WIDTH, 48, "float32")
+    lengths, blocks = (11, 6), ([3, 1, 7], [0, 9])
+    slots = [slots_of(table, 4, length) for table, length in zip(blocks, lengths, strict=True)]
+    whole = [
+        [
+            tuple(
+                paddle.to_tensor(generator.standard_normal((n, h, WIDTH), "float32")) for h in (HEADS, KV, KV)
+            )
+            for n in lengths
+        ]
+        for _ in range(LAYERS)
+    ]
+    # (sequence, first, last): both reading, reading before speaking, both speaking
+    steps = [[(0, 0, 9), (1, 0, 3)], [(1, 3, 5), (0, 9, 10)], [(1, 5, 6), (0, 10, 11)]]
+    seen = [[[], []] for _ in range(LAYERS)]
+    with paddle.no_grad():
+        for parts in steps:
+            spans, start = [], 0
+            for sequence, first, last in parts:
+                spans.append(Span(start, start + last - first, slots[sequence][:last]))
+                start += last - first
+            cache = StepCache(rows, spans)
+            for layer in range(LAYERS):
+                q, k, v = (
+                    paddle.concat([whole[layer][sequence][i][first:last] for sequence, first, last in parts])
+                    for i in range(3)
+                )
+                out = cache.attend(layer, q, k, v).numpy()
+                for span, (sequence, _, _) in zip(spans, parts, strict=True):
+                    seen[layer][sequence].append(out[span.start : span.stop])
+    for layer in range(LAYERS):
+        for sequence in range(2):
+            expected = dense(*whole[layer][sequence])
+            np.testing.assert_allclose(np.concatenate(seen[layer][sequence]), expected, atol=2e-6)

@@ -1,18 +1,46 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ernietune.errors import RequestError
-from ernietune.infer.engine import Turns
-from ernietune.infer.request import ContextLengthError, SamplingParams
+from ernietune.infer.engine import Engine
+from ernietune.infer.options import EngineOptions
+from ernietune.infer.request import ContextLengthError, Delta, SamplingParams, SettingError
 from ernietune.text.messages import Conversation, Message, Part
-from tests.fakes import END, EOS, PLACEHOLDER, START, engine, tokens
+from tests.fakes import (
+    END,
+    EOS,
+    PLACEHOLDER,
+    START,
+    ByteTokenizer,
+    PlainTemplate,
+    ScriptedModel,
+    engine,
+    tokens,
+)
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=50)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, "it did not happen within 10 s"
+        time.sleep(0.01)
+
+
+def says(stream: Iterator[Delta], text: str) -> bool:
+    """Whether the next delta with tokens has this text."""
+    return next(delta for delta in stream if delta.ids).text == text
 
 
 def ask(text: str, *pictures: str) -> Conversation:
@@ -126,28 +154,41 @@ def test_template_options_reach_the_template() -> None:
     assert spoken.template.options == {"enable_thinking": True}
 
 
-def test_closing_a_stream_frees_the_model() -> None:
+def test_answers_grow_side_by_side() -> None:
     spoken = engine("endless", end=False)
     request = spoken.prepare(ask("?"))
-    first = spoken.stream(request, GREEDY)
+    first, second = (spoken.stream(request, GREEDY) for _ in range(2))
+    assert next(first).text == "e"
+    assert says(second, "e")
+    assert says(first, "n")
+    for stream in (first, second):
+        stream.close()
+    wait_until(lambda: spoken.stats().running == 0)
+    assert spoken.stats().free_blocks == spoken.stats().blocks
+
+
+def test_closing_a_stream_lets_the_next_one_run() -> None:
+    spoken = engine("endless", end=False, max_sequences=1)
+    request = spoken.prepare(ask("?"))
+    first = spoken.stream(request, SamplingParams(temperature=0.0))
     assert next(first).text == "e"
     waiting = spoken.stream(request, GREEDY)
     assert next(waiting).ids == ()  # not its turn
     first.close()
-    assert next(waiting).text == "e"
+    assert says(waiting, "e")
     waiting.close()
 
 
 def test_a_waiting_request_can_leave_the_queue() -> None:
-    spoken = engine("endless", end=False)
+    spoken = engine("endless", end=False, max_sequences=1)
     request = spoken.prepare(ask("?"))
-    first, second, third = (spoken.stream(request, GREEDY) for _ in range(3))
+    first, second, third = (spoken.stream(request, SamplingParams(temperature=0.0)) for _ in range(3))
     assert next(first).ids
     assert not next(second).ids
     assert not next(third).ids
     second.close()
     first.close()
-    assert next(third).ids
+    assert says(third, "e")
     third.close()
 
 
@@ -166,11 +207,149 @@ def test_requests_from_threads_are_served_in_order_and_whole() -> None:
     assert answers == ["one answer"] * 4
 
 
-def test_turns_go_to_who_came_first() -> None:
-    turns = Turns()
-    tickets = [turns.join() for _ in range(3)]
-    assert [turns.wait(ticket, 0) for ticket in tickets] == [True, False, False]
-    turns.leave(tickets[1])
-    assert not turns.wait(tickets[2], 0)
-    turns.leave(tickets[0])
-    assert turns.wait(tickets[2], 0)
+def test_min_tokens_holds_off_end_tokens_and_stop_strings() -> None:
+    spoken = engine("abab")
+    params = SamplingParams(temperature=0.0, min_tokens=3, max_tokens=20, stop=("b",))
+    answer = spoken.generate(spoken.prepare(ask("?")), params)
+    assert (answer.text, answer.finish_reason, len(answer.ids)) == ("aba", "stop", 4)
+    longer = SamplingParams(temperature=0.0, min_tokens=6, max_tokens=20)
+    assert len(spoken.generate(spoken.prepare(ask("?")), longer).ids) > 6
+
+
+def test_a_stop_string_may_be_kept() -> None:
+    spoken = engine("Yes.\nUser: no")
+    params = SamplingParams(temperature=0.0, stop=("\nUser:",), include_stop=True)
+    assert spoken.generate(spoken.prepare(ask("?")), params).text == "Yes.\nUser:"
+
+
+def test_bad_words_are_found_with_and_without_a_space() -> None:
+    spoken = engine("Oh my")
+    assert spoken.bad_words(["my", " my"]) == (tuple(tokens("my")), tuple(tokens(" my")))
+    params = SamplingParams(temperature=0.0, max_tokens=5, bad_words=spoken.bad_words(["my"]))
+    assert "my" not in spoken.generate(spoken.prepare(ask("?")), params).text
+
+
+def test_all_choices_and_the_choice_of_one() -> None:
+    spoken = engine("Hi")
+    request = spoken.prepare(ask("?"))
+    choices = spoken.generate_all(request, SamplingParams(temperature=0.0, n=3))
+    assert [(choice.index, choice.text) for choice in choices] == [(0, "Hi"), (1, "Hi"), (2, "Hi")]
+    with pytest.raises(SettingError, match="n is 3; use generate_all"):
+        spoken.generate(request, SamplingParams(n=3))
+
+
+def test_ids_as_a_prompt_are_checked() -> None:
+    spoken = engine("Hi", is_vl=True)
+    assert spoken.generate(spoken.prepare_ids(tokens("ab")), GREEDY).text == "Hi"
+    for ids in ([], [-1], [10**6]):
+        with pytest.raises(RequestError, match="at least one token id, all between 0 and 265"):
+            spoken.prepare_ids(ids)
+    with pytest.raises(RequestError, match="placeholder"):
+        spoken.prepare_ids([PLACEHOLDER])
+
+
+def test_settings_are_checked_before_anything_runs() -> None:
+    spoken = engine("Hi", max_length=10)
+    request = spoken.prepare(ask("?"))
+    with pytest.raises(SettingError, match="min_tokens is 12; there is room for 9"):
+        spoken.stream(request, SamplingParams(min_tokens=12))
+    with pytest.raises(SettingError, match="stop_ids"):
+        spoken.stream(request, SamplingParams(stop_ids=(10**6,)))
+    assert spoken.stats().steps == 0
+
+
+def test_a_context_that_the_cache_cannot_hold_is_refused() -> None:
+    options = EngineOptions(cache_tokens=64)
+    parts = (ScriptedModel([EOS]), ByteTokenizer(), PlainTemplate())
+    with pytest.raises(RequestError, match="100 tokens does not fit into a cache of 64"):
+        Engine(*parts, max_length=100, options=options)
+    assert Engine(*parts, options=options).max_length == 64
+
+
+def test_an_error_of_one_request_does_not_reach_its_neighbours() -> None:
+    spoken = engine("a long answer")
+    request = spoken.prepare(ask("?"))
+    neighbour = spoken.stream(request, GREEDY)
+    assert says(neighbour, "a")
+    impossible = SamplingParams(allowed_ids=(20,), bad_words=((20,),), n=2)
+    with pytest.raises(RequestError, match="forbid every one"):
+        spoken.generate_all(request, impossible)
+    assert "".join(delta.text for delta in neighbour) == " long answer"
+    assert spoken.stats().free_blocks == spoken.stats().blocks
+
+
+def test_a_failing_step_is_told_to_everybody_and_the_next_request_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", shown.append)
+    spoken = engine("Hi")
+    request = spoken.prepare(ask("?"))
+    logits, spoken.model.logits = spoken.model.logits, None
+    with pytest.raises(TypeError):
+        spoken.generate(request, GREEDY)
+    spoken.model.logits = logits
+    assert spoken.generate(request, GREEDY).text == "Hi"
+    assert spoken.stats().free_blocks == spoken.stats().blocks
+    wait_until(lambda: len(shown) == 1)  # the traceback is for the log
+
+
+def test_cancelling_frees_the_blocks_before_the_next_step() -> None:
+    spoken = engine("endless", end=False)
+    spoken.model.stepwise = True
+    request = spoken.prepare(ask("?"))
+    arrived: list[Delta] = []
+    cancel = spoken.submit(request, SamplingParams(temperature=0.0), arrived.append)
+    for _ in range(2):
+        spoken.model.steps.release()
+    wait_until(lambda: len(arrived) == 2)
+    cancel()  # while the third step is under way
+    assert spoken.stats().running == 1
+    spoken.model.steps.release()
+    wait_until(lambda: spoken.stats().running == 0)
+    assert len(spoken.model.seen) <= 3
+    assert spoken.stats().free_blocks == spoken.stats().blocks
+    cancel()  # again: nothing happens
+
+
+def test_the_urgent_go_first() -> None:
+    spoken = engine("x", max_sequences=1)
+    spoken.model.stepwise = True
+    request = spoken.prepare(ask("?"))
+    order: list[str] = []
+
+    def note(name: str) -> Callable[[Delta | BaseException], None]:
+        return lambda delta: order.append(name) if delta.finish_reason else None
+
+    for name, priority in (("first", 0), ("late", 1), ("second", 0), ("urgent", -1)):
+        spoken.submit(request, GREEDY, note(name), priority)
+    for _ in range(20):
+        spoken.model.steps.release()
+    wait_until(lambda: len(order) == 4)
+    assert order[-1] == "late"
+    assert order.index("urgent") < order.index("second")
+    assert order.index("first") < order.index("second") < order.index("late")
+
+
+def test_closing_ends_what_runs_and_a_later_request_starts_again() -> None:
+    spoken = engine("endless", end=False)
+    request = spoken.prepare(ask("?"))
+    endless = spoken.stream(request, SamplingParams(temperature=0.0))
+    assert next(endless).text == "e"
+    spoken.close()
+    with pytest.raises(RequestError, match="closed before the answer was complete"):
+        list(endless)
+    assert spoken.stats().free_blocks == spoken.stats().blocks
+    spoken.close()
+    assert spoken.generate(request, SamplingParams(temperature=0.0, max_tokens=3)).text == "end"
+
+
+def test_a_program_may_end_while_answers_are_under_way() -> None:
+    script = (
+        "from ernietune.infer.request import SamplingParams\nfrom tests.fakes import engine\n"
+        "spoken = engine('endless', end=False, max_length=4000)\nrequest = spoken.prepare_ids([20])\n"
+        "stream = spoken.stream(request, SamplingParams(temperature=0.0))\nnext(stream)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr

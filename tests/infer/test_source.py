@@ -14,11 +14,11 @@ from ernietune.checkpoint.adapter import save_adapter
 from ernietune.checkpoint.load import load_model
 from ernietune.checkpoint.processor import Processor
 from ernietune.errors import CheckpointError, RequestError
-from ernietune.infer.cache import KVCache
 from ernietune.infer.engine import Engine
 from ernietune.infer.request import Completion, SamplingParams
 from ernietune.initialize import initialize
 from ernietune.lora import LoraSpec, adapters, inject
+from ernietune.models.decoder import Inputs
 from ernietune.text.messages import Conversation, Message, Part
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -54,7 +54,10 @@ def answer(engine: Engine, **options: object) -> Completion:
 
 def logits(engine: Engine) -> np.ndarray:
     request = engine.prepare(Conversation((Message("user", (Part("text", "Hello"),)),)))
-    return engine._forward(request, KVCache())
+    with paddle.no_grad():
+        ids, positions, is_vision = map(paddle.to_tensor, (request.ids, request.positions, request.is_vision))
+        hidden = engine.model(Inputs(ids, positions, is_vision=is_vision))
+        return engine.model.logits(hidden[-1:])[0].numpy()
 
 
 def test_a_model_folder_answers_about_a_picture(base: Path) -> None:

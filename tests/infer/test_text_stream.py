@@ -7,18 +7,18 @@ from ernietune.infer.text_stream import Detokenizer, StopStrings, TextStream, fi
 from tests.fakes import ByteTokenizer, tokens
 
 
-def emitted(pieces: list[str], stop: list[str]) -> tuple[str, bool]:
-    stops = StopStrings(stop)
+def emitted(pieces: list[str], stop: list[str], include: bool) -> tuple[str, bool]:
+    stops = StopStrings(stop, include)
     text = "".join(stops.push(piece) for piece in pieces)
     return text + stops.finish(), stops.found
 
 
-def cut_at_first(text: str, stop: list[str]) -> tuple[str, bool]:
+def cut_at_first(text: str, stop: list[str], include: bool) -> tuple[str, bool]:
     """The slow truth: read character by character until the text ends with a stop string."""
     for end in range(len(text) + 1):
         hits = [s for s in stop if text[:end].endswith(s)]
         if hits:
-            return text[: end - max(map(len, hits))], True
+            return text[: end if include else end - max(map(len, hits))], True
     return text, False
 
 
@@ -26,11 +26,14 @@ def cut_at_first(text: str, stop: list[str]) -> tuple[str, bool]:
     text=st.text("ab\n", max_size=20),
     stop=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3),
     cuts=st.lists(st.integers(0, 20), max_size=8),
+    include=st.booleans(),
 )
-def test_stop_strings_do_not_depend_on_the_pieces(text: str, stop: list[str], cuts: list[int]) -> None:
+def test_stop_strings_do_not_depend_on_the_pieces(
+    text: str, stop: list[str], cuts: list[int], include: bool
+) -> None:
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     pieces = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
-    assert emitted(pieces, stop) == cut_at_first(text, stop)
+    assert emitted(pieces, stop, include) == cut_at_first(text, stop, include)
 
 
 def test_only_a_possible_beginning_is_held_back() -> None:

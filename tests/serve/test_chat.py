@@ -1,18 +1,30 @@
 from __future__ import annotations
 
 import io
+import json
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image
 
 from ernietune.infer.request import SamplingParams
 from ernietune.serve.chat import chat
+from ernietune.serve.local import LocalSpeaker
+from ernietune.serve.options import Settings
+from ernietune.serve.wire import RemoteSpeaker
+from ernietune.text.parse import ParserChoice
 from tests.fakes import engine
+from tests.serve.speaker import Speaker, served
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40)
 
 
-def talk(spoken, *lines: object) -> str:
+def talk(spoken, *lines: object, parsers: ParserChoice | None = None) -> str:
+    """Everything the chat with an engine prints for these lines."""
+    return say(LocalSpeaker(spoken, GREEDY, parsers or ParserChoice()), *lines)
+
+
+def say(speaker, *lines: object) -> str:
     """Everything the chat prints for these lines; an exception among them is raised at the prompt."""
     waiting = iter(lines)
 
@@ -23,7 +35,7 @@ def talk(spoken, *lines: object) -> str:
         return str(line)
 
     out = io.StringIO()
-    chat(spoken, GREEDY, read=read, out=out)
+    chat(speaker, read=read, out=out)
     return out.getvalue()
 
 
@@ -53,7 +65,8 @@ def test_pictures_go_with_the_next_message(tmp_path: Path) -> None:
     spoken = engine("red", is_vl=True)
     printed = talk(spoken, f"/image {path}", str(path), "Colour?")
     assert printed.count("Picture a red.png (56 x 56)") == 2
-    assert spoken.model.seen[0].grids == ((1, 4, 4), (1, 4, 4))
+    assert spoken.model.seen[0].ids.shape[0] == 2 * 6 + 7  # a start, four tokens and an end each
+    assert spoken.model.seen[0].grids == ((1, 4, 4),)  # it is the same picture: looked at once
 
 
 def test_a_missing_picture_is_reported_at_once(tmp_path: Path) -> None:
@@ -85,17 +98,94 @@ def test_interrupts_at_the_prompt_do_not_leave() -> None:
 
 def test_interrupting_an_answer_keeps_what_was_said() -> None:
     spoken = engine("Yes.")
-    calls = iter([None, None, KeyboardInterrupt()])
-    answer, forward = spoken._forward, spoken._forward
+    stream = spoken.stream
 
-    def interrupted(request, cache):
-        error = next(calls, None)
-        if error:
-            raise error
-        return answer(request, cache)
+    def interrupted(*arguments):
+        yield from islice((delta for delta in stream(*arguments) if delta.ids), 2)
+        raise KeyboardInterrupt
 
-    spoken._forward = interrupted
+    spoken.stream = interrupted
     printed = talk(spoken, "one?")
     assert "Ye [stopped]" in printed
-    spoken._forward = forward
+    spoken.stream = stream
     assert "Yes.\n" in talk(spoken, "two?")  # the model is free again
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+THINKS = ParserChoice.of(None, None, "vl_thinking")
+
+
+def test_thoughts_are_dimmed_on_a_terminal() -> None:
+    speaker, out = LocalSpeaker(Speaker("Hm.\n</think>\n\nYes."), GREEDY, THINKS), Terminal()
+    lines = iter(["?", "exit"])
+    chat(speaker, read=lambda _: next(lines), out=out)
+    printed = out.getvalue().replace("\x1b[0m\x1b[2m", "")
+    assert "\x1b[2mHm.\x1b[0m\n\nYes.\n" in printed
+
+
+def test_thoughts_are_not_read_again() -> None:
+    spoken = Speaker("Hm.</think>Yes.")
+    printed = talk(spoken, "one?", "two?", parsers=THINKS)
+    assert "Hm.\n\nYes.\n" in printed
+    _, first, _ = spoken.conversation.messages
+    assert (first.text, first.reasoning) == ("Yes.", None)
+
+
+def test_the_system_message_can_change() -> None:
+    spoken = Speaker("Yes.", thinks=False)
+    talk(spoken, "one?", "/system Be brief.", "two?")
+    assert [message.role for message in spoken.conversation.messages] == [
+        "system",
+        *["user", "assistant"],
+        "user",
+    ]
+    assert spoken.conversation.messages[0].text == "Be brief."
+    talk(spoken, "/system Be brief.", "one?", "/system", "two?", "quit", "three?")
+    assert [message.text for message in spoken.conversation.messages] == ["one?", "Yes.", "two?"]
+
+
+def test_a_conversation_can_be_saved_and_loaded(tmp_path: Path) -> None:
+    picture, file = tmp_path / "red.png", tmp_path / "talk.jsonl"
+    Image.new("RGB", (56, 56), "red").save(picture)
+    spoken = Speaker("Hm.</think>Red.", reads_pictures=True)
+    printed = talk(spoken, "/system Look.", f"/image {picture}", "Colour?", f"/save {file}", parsers=THINKS)
+    assert "Saved 2 messages" in printed
+    record = json.loads(file.read_text(encoding="utf-8"))
+    assert [message["role"] for message in record["messages"]] == ["system", "user", "assistant"]
+    assert record["messages"][2] == {"role": "assistant", "content": "Red.", "reasoning_content": "Hm."}
+
+    again = Speaker("Hm.</think>Still red.", reads_pictures=True)
+    printed = talk(again, f"/load {file}", "Sure?", f"/save {file}", parsers=THINKS)
+    assert "Loaded 2 messages" in printed
+    assert "error: " + str(file) + " exists already" in printed
+    assert again.conversation.images == [str(picture)]
+    assert [m.text for m in again.conversation.messages] == ["Look.", "Colour?", "Red.", "Sure?"]
+
+
+def test_files_that_are_no_conversation(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"messages": []}')
+    printed = talk(
+        Speaker(), f"/load {tmp_path}/none", f"/load {tmp_path}/x.json", f"/save {tmp_path}/no/where"
+    )
+    assert printed.count("error: ") == 3
+
+
+def test_a_server_is_asked_by_its_url(tmp_path: Path) -> None:
+    Image.new("RGB", (56, 56), "red").save(tmp_path / "red.png")
+    spoken = Speaker("Hm.</think>Yes.", reads_pictures=True)
+    with served(spoken, Settings("tiny", THINKS, api_keys=("k",))) as url:
+        printed = say(
+            RemoteSpeaker(url, thinking=True, api_key="k"), str(tmp_path / "red.png"), "one?", "two?"
+        )
+        assert printed.count("Hm.\n\nYes.\n") == 2
+        assert spoken.options == {"enable_thinking": True}
+        first, second, _ = spoken.conversation.messages
+        assert first.parts[0].url.startswith("data:image/png;base64,")
+        assert (second.text, second.reasoning) == ("Yes.", None)
+        assert "API keys" in say(RemoteSpeaker(url + "/v1"), "one?")
+        assert "too long" in say(RemoteSpeaker(url, api_key="k"), "x" * 3000)
+    assert "is the server running?" in say(RemoteSpeaker(url), "one?")

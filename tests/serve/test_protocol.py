@@ -16,14 +16,9 @@ def request(**fields: object) -> ChatRequest:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("logprobs", True),
-        ("top_logprobs", 3),
-        ("n", 2),
         ("response_format", {"type": "json_object"}),
-        ("logit_bias", {"5": 10}),
         ("tool_choice", "required"),
         ("tool_choice", {"type": "function", "function": {"name": "f"}}),
-        ("presence_penalty", 0.5),
         ("reasoning_effort", "high"),
     ],
 )

@@ -1,0 +1,97 @@
+"""One forward pass over the new tokens of all scheduled sequences, one after the other, without padding."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence as Items
+
+import numpy as np
+import paddle
+from numpy.typing import NDArray
+from paddle import Tensor
+
+from ernietune.infer.cache import PagedCache, Span, slots_of
+from ernietune.infer.scheduler import Chunk
+from ernietune.infer.sequence import Medium
+from ernietune.models.decoder import CausalLM, Inputs
+
+
+class Runner:
+    """The model with its cache: chunks of sequences in, logits out."""
+
+    def __init__(self, model: CausalLM, cache: PagedCache, block_size: int, feature_tokens: int) -> None:
+        """`feature_tokens` is how many picture tokens are kept for requests that show the same picture."""
+        self._model, self._cache, self._block_size = model, cache, block_size
+        self._features = FeatureCache(model, feature_tokens)
+        config = model.config
+        self._vision_ids = np.array(config.vision_token_ids if config.is_vl else (), np.int64)
+
+    def forward(self, chunks: Items[Chunk]) -> Tensor:
+        """Hidden states [T, H] of the chunks' tokens, whose keys and values are in the cache afterwards."""
+        ids = np.concatenate([c.sequence.ids[c.start : c.stop] for c in chunks])
+        positions = np.concatenate([c.sequence.positions[c.start : c.stop] for c in chunks])
+        with paddle.no_grad():
+            features, rows = self._picture_features(chunks)
+            inputs = Inputs(
+                ids=paddle.to_tensor(ids),
+                positions=paddle.to_tensor(positions),
+                is_vision=self._is_vision(ids),
+                features=features,
+                feature_rows=rows,
+            )
+            return self._model(inputs, self._cache.step(self._spans(chunks)))
+
+    def logits(self, hidden_TH: Tensor, rows: Items[int]) -> NDArray[np.float32]:
+        """The logits [len(rows), V] behind these rows of the hidden states."""
+        with paddle.no_grad():
+            chosen = paddle.gather(hidden_TH, paddle.to_tensor(np.array(rows, np.int64)))
+            logits: NDArray[np.float32] = self._model.logits(chosen).numpy()
+        return logits
+
+    def _spans(self, chunks: Items[Chunk]) -> list[Span]:
+        spans, start = [], 0
+        for chunk in chunks:
+            slots = slots_of(chunk.sequence.blocks, self._block_size, chunk.stop)
+            spans.append(Span(start, start + chunk.tokens, slots))
+            start += chunk.tokens
+        return spans
+
+    def _is_vision(self, ids: NDArray[np.int64]) -> Tensor | None:
+        return paddle.to_tensor(np.isin(ids, self._vision_ids)) if self._model.config.is_vl else None
+
+    def _picture_features(self, chunks: Items[Chunk]) -> tuple[Tensor | None, Tensor | None]:
+        """(features [F, H], their rows [F] in the batch) of the picture tokens in these chunks."""
+        features, rows, offset = [], [], 0
+        for chunk in chunks:
+            for medium in chunk.sequence.media:
+                start, stop = max(chunk.start, medium.start), min(chunk.stop, medium.stop)
+                if start < stop:
+                    whole = self._features.of(medium)
+                    features.append(whole[start - medium.start : stop - medium.start])
+                    rows.append(np.arange(start, stop) - chunk.start + offset)
+            offset += chunk.tokens
+        if not features:
+            return None, None
+        return paddle.concat(features), paddle.to_tensor(np.concatenate(rows))
+
+
+class FeatureCache:
+    """The model's features of the pictures seen last, by their content."""
+
+    def __init__(self, model: CausalLM, tokens: int) -> None:
+        """Keeps the features of at most so many picture tokens, and of the newest picture in any case."""
+        self._model, self._room = model, tokens
+        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    def of(self, medium: Medium) -> Tensor:
+        """The features [tokens, H] of a medium, computed where they are not known."""
+        if medium.key in self._kept:
+            self._kept.move_to_end(medium.key)
+            return self._kept[medium.key]
+        features = self._model.picture_features(paddle.to_tensor(medium.patches), [medium.grid])
+        self._kept[medium.key] = features
+        self._room -= features.shape[0]
+        while self._room < 0 and len(self._kept) > 1:
+            _, oldest = self._kept.popitem(last=False)
+            self._room += oldest.shape[0]
+        return features

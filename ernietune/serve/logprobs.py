@@ -1,0 +1,76 @@
+"""Log-probabilities in OpenAI's two forms, for chats and for completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ernietune.infer.request import TokenLogprob
+
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+class Decoder(Protocol):
+    """The part of a tokenizer that is needed here."""
+
+    def decode(self, ids: list[int], skip_special: bool = True) -> str: ...
+
+
+def token_name(token: int, tokenizer: Decoder) -> str:
+    """The text of a token; one that is only a part of a character is told apart by its id."""
+    text = tokenizer.decode([token], skip_special=False)
+    return f"token_id:{token}" if _INCOMPLETE in text or not text else text
+
+
+def chat_logprobs(entries: Sequence[TokenLogprob], tokenizer: Decoder) -> list[dict[str, Any]]:
+    """The `content` of a chat choice's logprobs."""
+    return [
+        {
+            **_entry(entry.id, entry.logprob, tokenizer),
+            "top_logprobs": [_entry(token, value, tokenizer) for token, value in entry.top],
+        }
+        for entry in entries
+    ]
+
+
+def _entry(token: int, value: float, tokenizer: Decoder) -> dict[str, Any]:
+    name = token_name(token, tokenizer)
+    is_part = name == f"token_id:{token}"
+    return {"token": name, "logprob": value, "bytes": None if is_part else list(name.encode())}
+
+
+@dataclass
+class TextLogprobs:
+    """The logprobs object of a completion choice, growing token by token."""
+
+    tokenizer: Decoder
+    offset: int = 0
+    tokens: list[str] = field(default_factory=list)
+    values: list[float | None] = field(default_factory=list)
+    top: list[dict[str, float] | None] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+
+    def add(self, token: int, entry: TokenLogprob | None) -> None:
+        """Append a token; nothing predicts the first one of a prompt."""
+        name = token_name(token, self.tokenizer)
+        self.tokens.append(name)
+        self.offsets.append(self.offset)
+        self.offset += len(name)
+        self.values.append(None if entry is None else entry.logprob)
+        self.top.append(None if entry is None else self._best(name, entry))
+
+    def _best(self, name: str, entry: TokenLogprob) -> dict[str, float]:
+        best = {token_name(token, self.tokenizer): value for token, value in reversed(entry.top)}
+        return {**best, name: entry.logprob}
+
+    def take(self) -> dict[str, Any]:
+        """What was added since the last time."""
+        taken = {
+            "tokens": self.tokens,
+            "token_logprobs": self.values,
+            "top_logprobs": self.top,
+            "text_offset": self.offsets,
+        }
+        self.tokens, self.values, self.top, self.offsets = [], [], [], []
+        return taken

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from ernietune.cli import app
+from ernietune.errors import ConfigError
+from ernietune.media.image import ImageLimits
+from ernietune.serve.flags import explain, split_foreign
+from ernietune.serve.options import Launch, changed_limits, image_limit, pixel_changes
+
+# As their documentation has people type them.
+FASTDEPLOY = (
+    "--model M --port 8180 --metrics-port 8181 --engine-worker-queue-port 8182 --max-model-len 32768 "
+    "--enable-mm --reasoning-parser ernie-45-vl --max-num-seqs 32 --cache-queue-port 8183 "
+    "--tensor-parallel-size 1"
+)
+VLLM = "M --reasoning-parser ernie45 --enable-auto-tool-choice --max-num-seqs=4 --enable-chunked-prefill"
+
+
+def test_the_flags_of_peers_are_told_from_our_own() -> None:
+    own, foreign = split_foreign(FASTDEPLOY.split())
+    assert own == [
+        *("M", "--port", "8180", "--metrics-port", "8181", "--max-model-len", "32768"),
+        *("--reasoning-parser", "ernie-45-vl", "--max-num-seqs", "32"),
+    ]
+    assert foreign == [
+        *("--engine-worker-queue-port", "--enable-mm", "--cache-queue-port"),
+        "--tensor-parallel-size",
+    ]
+    own, foreign = split_foreign(VLLM.split())
+    assert own == ["M", "--reasoning-parser", "ernie45", "--max-num-seqs=4"]
+    assert foreign == ["--enable-auto-tool-choice", "--enable-chunked-prefill"]
+
+
+def test_they_are_explained_in_one_line() -> None:
+    note = explain(["--enable-mm", "--enable-auto-tool-choice"])
+    assert note is not None
+    assert note.count("\n") == 0
+    assert "--enable-mm (found out from the checkpoint)" in note
+    assert explain([]) is None
+
+
+@pytest.mark.parametrize(
+    "args", [["--quantization", "wint8"], ["--tensor-parallel-size=8"], ["--workers", "2"]]
+)
+def test_flags_that_would_change_the_answers_are_refused(args: list[str]) -> None:
+    with pytest.raises(ConfigError, match=args[0].partition("=")[0]):
+        split_foreign(["M", *args])
+
+
+def test_pictures_per_prompt() -> None:
+    assert image_limit(None) is None
+    assert image_limit('{"image": 10, "video": 3}') == 10
+    assert image_limit('{"video": 3}') is None
+
+
+def test_picture_sizes() -> None:
+    limits = changed_limits(
+        ImageLimits(), pixel_changes('{"image_max_pixels": 12845056, "video_max_frames": 30}')
+    )
+    assert limits == ImageLimits(max_pixels=12845056)
+    assert changed_limits(limits, pixel_changes('{"min_pixels": 784}')).min_pixels == 784
+    assert changed_limits(limits, pixel_changes(None)) == limits
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"image": -1}', '{"image": true}', '{"image": "2"}'])
+def test_bad_limits(text: str) -> None:
+    with pytest.raises(ConfigError, match="--limit-mm-per-prompt"):
+        image_limit(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "3", '{"image_max_pixels": 0}', '{"pixels": 3}', '{"min_pixels": 9999999}']
+)
+def test_bad_picture_sizes(text: str) -> None:
+    with pytest.raises(ConfigError, match="--mm-processor-kwargs"):
+        changed_limits(ImageLimits(), pixel_changes(text))
+
+
+def test_a_command_line_becomes_settings() -> None:
+    settings = Launch("some/model", limit_per_prompt='{"image": 2}').settings("thinking", None)
+    assert (settings.model_name, settings.max_images) == ("model", 2)
+    assert settings.parsers.reasoning is not None
+    assert settings.parsers.tools is not None
+    with pytest.raises(ConfigError, match="--reasoning-parser erine"):
+        Launch("m", reasoning_parser="erine").settings("thinking", None)
+
+
+def test_the_command_line_explains_itself() -> None:
+    shown = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "500"}).output
+    assert "--reasoning-parser" in shown
+    assert "without effect: --block-size" in shown
+
+
+def test_a_server_has_its_own_adapter() -> None:
+    result = CliRunner().invoke(app, ["chat", "http://127.0.0.1:1", "--adapter", "x"])
+    assert isinstance(result.exception, ConfigError)
