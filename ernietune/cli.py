@@ -16,10 +16,15 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
 
+config_app = typer.Typer(no_args_is_help=True, help="Configuration files.")
+app.add_typer(config_app, name="config")
 data_app = typer.Typer(no_args_is_help=True, help="Check, show and count training data before training.")
 app.add_typer(data_app, name="data")
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...")]
+Lenient = Annotated[
+    bool, typer.Option("--lenient", help="Leave out keys of ERNIEKit's that cannot be honoured, and say so.")
+]
 
 
 Files = Annotated[list[Path], typer.Argument(help="Data files or folders.")]
@@ -56,11 +61,15 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan; needs no weights and no paddle.")
     ] = False,
+    lenient: Lenient = False,
 ) -> None:
-    """Fine-tune as a YAML file says; keys can be overridden: train.steps=20 lora.rank=8."""
-    from ernietune import config as configuration
+    """Fine-tune as a YAML file says; keys can be overridden: train.steps=20 lora.rank=8.
 
-    settings = configuration.load(config, overrides or [])
+    Files of ERNIEKit and PaddleFormers work as they are.
+    """
+    from ernietune.compat import load
+
+    settings = load.load(config, overrides or [], lenient, typer.echo)
     if dry_run:
         from ernietune.train import plan
 
@@ -70,6 +79,24 @@ def train(
     from ernietune.train import run
 
     run.main(settings)
+
+
+@config_app.command()
+def convert(
+    config: Annotated[Path, typer.Argument(help="A training file of ERNIEKit or PaddleFormers.")],
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write here; default: print.")] = None,
+    lenient: Lenient = False,
+) -> None:
+    """Write ernietune's YAML for a training file of ERNIEKit or PaddleFormers; the report goes to stderr."""
+    from ernietune.compat import load
+
+    text, report = load.convert(config, overrides or [], lenient)
+    typer.echo(report, err=True)
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        load.write(text, output)
 
 
 @app.command()

@@ -7,7 +7,7 @@ the defaults below. Imports no paddle, so a mistake is answered at once.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,8 @@ class TrainSection:
     min_learning_rate: float = 0.0
     schedule: str = "cosine"  # cosine, linear, constant
     warmup_steps: int = 0
+    warmup_ratio: float = 0.0  # the same as a share of all steps; not together with warmup_steps
+    rate_ratios: dict[str, float] = field(default_factory=dict)  # group or pattern -> share of the rate
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95
@@ -131,23 +133,34 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     A relative path that does not exist is looked for among the packaged configs. ConfigError says file, line,
     key and what to do.
     """
+    file, text, node = read(path)
+    lines = _check_keys(node, Config, str(file)) if node is not None else {}
+    return build(text if node is not None else {}, overrides, str(file), lines)
+
+
+def read(path: str | Path) -> tuple[Path, str, yaml.Node | None]:
+    """The file meant by `path`, its text and YAML tree (None when empty); ConfigError when there is none."""
     file = _find(Path(path))
     text = file.read_text(encoding="utf-8")
     try:
-        node = yaml.compose(text)
+        return file, text, yaml.compose(text)
     except yaml.YAMLError as error:
         raise ConfigError(_yaml_problem(error, str(file))) from None
-    lines = _check_keys(node, Config, str(file)) if node is not None else {}
+
+
+def build(
+    values: str | dict[str, Any], overrides: Sequence[str], file: str, lines: Mapping[str, int]
+) -> Config:
+    """A checked Config of YAML text, or of a dict per section; `lines`: key path -> line in `file`."""
     _check_overrides(overrides)
     schema = OmegaConf.structured(Config)
     try:
-        from_file = OmegaConf.create(text) if node is not None else OmegaConf.create({})
-        merged = OmegaConf.merge(schema, from_file, OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(schema, OmegaConf.create(values), OmegaConf.from_dotlist(list(overrides)))
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ConfigError(_value_problem(error, str(file), lines)) from None
+        raise ConfigError(_value_problem(error, file, lines)) from None
     assert isinstance(config, Config)
-    _check_values(config, str(file), lines)
+    _check_values(config, file, lines)
     return config
 
 
@@ -175,6 +188,11 @@ def _yaml_problem(error: yaml.YAMLError, file: str) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"{file}:{error.problem_mark.line + 1}: not valid YAML: {error.problem}"
     return f"{file}: not valid YAML: {error}"
+
+
+def sections() -> list[str]:
+    """The top-level keys of a configuration."""
+    return [f.name for f in fields(Config)]
 
 
 def _section_types(owner: type) -> dict[str, type | None]:
@@ -233,7 +251,7 @@ def _check_overrides(overrides: Sequence[str]) -> None:
             raise ConfigError(f"command line: unknown key `{path}`{_suggestion(path)}")
 
 
-def _value_problem(error: OmegaConfBaseException, file: str, lines: dict[str, int]) -> str:
+def _value_problem(error: OmegaConfBaseException, file: str, lines: Mapping[str, int]) -> str:
     path = str(error.full_key or "")
     where = f"{file}:{lines[path]}" if path in lines else file
     reason = str(error.msg if error.msg else error).splitlines()[0]
@@ -272,34 +290,18 @@ EFFECTIVE = {
     "dpop_lambda": ("dpop",),
     "normalize_logps": ("sigmoid", "robust", "hinge", *AGAINST_REFERENCE),
 }
-AT_LEAST: dict[str, float] = {
-    "lora.rank": 1,
-    "lora.dropout": 0,
-    "lora.plus_ratio": 0,
-    "data.max_length": 8,
-    "data.workers": 0,
-    "train.steps": 1,
-    "train.epochs": 1,
-    "train.rows": 1,
-    "train.accumulation": 1,
-    "train.learning_rate": 0,
-    "train.min_learning_rate": 0,
-    "train.warmup_steps": 0,
-    "train.weight_decay": 0,
-    "train.clip_norm": 0,
-    "train.loss_chunk": 1,
-    "train.log_every": 1,
-    "train.save_every": 1,
-    "train.keep_last": 1,
-    "train.eval_every": 1,
-    "train.eval_batches": 1,
-    "train.patience": 1,
-    "dpo.label_smoothing": 0,
-    "dpo.offset_alpha": 0,
-    "dpo.simpo_gamma": 0,
-    "dpo.dpop_lambda": 0,
-    "dpo.preference_ratio": 0,
-    "dpo.sft_ratio": 0,
+_LEAST: dict[tuple[str, float], str] = {
+    ("lora", 0): "dropout plus_ratio",
+    ("lora", 1): "rank",
+    ("data", 0): "workers",
+    ("data", 8): "max_length",
+    ("train", 0): "learning_rate min_learning_rate warmup_steps warmup_ratio weight_decay clip_norm",
+    ("train", 1): "steps epochs rows accumulation loss_chunk log_every save_every keep_last eval_every "
+    "eval_batches patience",
+    ("dpo", 0): "label_smoothing offset_alpha simpo_gamma dpop_lambda preference_ratio sft_ratio",
+}
+AT_LEAST = {
+    f"{section}.{name}": least for (section, least), names in _LEAST.items() for name in names.split()
 }
 
 
@@ -309,7 +311,7 @@ def value_of(config: Config, path: str) -> Any:
     return vars(vars(config)[section])[name]
 
 
-def _check_values(config: Config, file: str, lines: dict[str, int]) -> None:
+def _check_values(config: Config, file: str, lines: Mapping[str, int]) -> None:
     """Choices, ranges and combinations; ConfigError with key path and line at the first that is wrong."""
     for path, problem in [*_out_of_range(config), *_contradictions(config)]:
         where = f"{file}:{lines[path]}" if path in lines else file
@@ -327,6 +329,11 @@ def _out_of_range(config: Config) -> Iterator[tuple[str, str]]:
             yield path, f"is {value}; it must be at least {least:g}"
     if config.lora.dropout >= 1:
         yield "lora.dropout", f"is {config.lora.dropout}; it must be below 1"
+    if config.train.warmup_ratio > 1:
+        yield "train.warmup_ratio", f"is {config.train.warmup_ratio}; it must be at most 1"
+    for name, ratio in config.train.rate_ratios.items():
+        if ratio < 0:
+            yield "train.rate_ratios", f"gives {name} {ratio}; it must be at least 0"
     if config.dpo.beta <= 0:
         yield "dpo.beta", f"is {config.dpo.beta}; it must be above 0"
     if config.dpo.label_smoothing >= 0.5:
@@ -340,15 +347,21 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
     if not data.train:
         yield "data.train", "is empty; name at least one file of messages"
     yield from _mixing_contradictions(data)
-    if train.steps is not None and train.warmup_steps > train.steps:
-        yield "train.warmup_steps", f"is {train.warmup_steps}, beyond the {train.steps} steps of train.steps"
-    if train.min_learning_rate > train.learning_rate:
-        yield "train.min_learning_rate", "is above train.learning_rate"
+    yield from _schedule_contradictions(train)
     if (train.eval_every or train.patience) and not data.eval:
         yield "train.eval_every", "or `train.patience` is set, but data.eval names no file"
     if train.patience and not train.eval_every:
         yield "train.patience", "needs train.eval_every"
     yield from _dpo_contradictions(config)
+
+
+def _schedule_contradictions(train: TrainSection) -> Iterator[tuple[str, str]]:
+    if train.steps is not None and train.warmup_steps > train.steps:
+        yield "train.warmup_steps", f"is {train.warmup_steps}, beyond the {train.steps} steps of train.steps"
+    if train.warmup_steps and train.warmup_ratio:
+        yield "train.warmup_ratio", "and `train.warmup_steps`: give one of the two"
+    if train.min_learning_rate > train.learning_rate:
+        yield "train.min_learning_rate", "is above train.learning_rate"
 
 
 def _dpo_contradictions(config: Config) -> Iterator[tuple[str, str]]:

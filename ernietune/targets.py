@@ -98,12 +98,11 @@ def choose_trained(shapes: Shapes, groups: Sequence[str]) -> list[str]:
     """
     chosen: dict[str, None] = {}
     for name in groups:
-        pattern = PARAMETER_GROUPS.get(name, GROUPS.get(name, name) + r"(\..*)?")
         routers = PARAMETER_GROUPS["router"]
         touched = [
             path
             for path in shapes
-            if (not re.fullmatch(routers, path) if name == "all" else re.fullmatch(pattern, path))
+            if (not re.fullmatch(routers, path) if name == "all" else matches_group(name, path))
         ]
         if not touched:
             raise ConfigError(
@@ -112,6 +111,15 @@ def choose_trained(shapes: Shapes, groups: Sequence[str]) -> list[str]:
             )
         chosen |= dict.fromkeys(touched)
     return list(chosen)
+
+
+def matches_group(name: str, path: str) -> bool:
+    """Whether a parameter's path is in a group, or matched by a regular expression for it or its layer."""
+    pattern = PARAMETER_GROUPS.get(name, GROUPS.get(name, name) + r"(\..*)?")
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error as error:
+        raise ConfigError(f"{name!r} is not a group or regular expression ({error})") from None
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,8 @@ def test_override_of_a_wrong_type_names_the_key(write: Write) -> None:
         ("train.steps=null", "train.steps", "give exactly one of the two"),
         ("train.epochs=1", "train.steps", "give exactly one of the two"),
         ("train.warmup_steps=101", "train.warmup_steps", "beyond the 100 steps"),
+        ("train.warmup_ratio=1.5", "train.warmup_ratio", "must be at most 1"),
+        ("train.rate_ratios={router: -1}", "train.rate_ratios", "gives router -1.0; it must be at least 0"),
         ("train.min_learning_rate=1", "train.min_learning_rate", "is above train.learning_rate"),
         ("train.eval_every=5", "train.eval_every", "data.eval names no file"),
     ],
@@ -199,6 +201,11 @@ def test_ranges_and_combinations(write: Write, override: str, key: str, problem:
 def test_range_complaint_names_the_line(write: Write) -> None:
     text = complaint(write(f"{GOOD}  rows: 0\n"))
     assert text == "run.yaml:8: `train.rows` is 0; it must be at least 1"
+
+
+def test_one_kind_of_warm_up(write: Write) -> None:
+    text = complaint(write(GOOD), "train.warmup_ratio=0.1", "train.warmup_steps=5")
+    assert "`train.warmup_ratio` and `train.warmup_steps`: give one of the two" in text
 
 
 def test_patience_needs_evaluations(write: Write) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ import paddle
 from paddle import Tensor, nn
 
 from ernietune.config import TrainSection
+from ernietune.errors import ConfigError
+from ernietune.targets import PARAMETER_GROUPS, matches_group
 
 MASTER = "master_weight"  # the fp32 copy Paddle keeps of a bf16 parameter
 
@@ -22,7 +24,8 @@ def trainable(model: nn.Layer) -> dict[str, Tensor]:
 
 def learning_rate(step: int, total: int, train: TrainSection) -> float:
     """Rate of step 1..total: linear warm-up, then cosine or linear down to the minimum, or constant."""
-    peak, least, warmup = train.learning_rate, train.min_learning_rate, train.warmup_steps
+    peak, least = train.learning_rate, train.min_learning_rate
+    warmup = train.warmup_steps or math.ceil(train.warmup_ratio * total)
     if step <= warmup:
         return peak * step / warmup
     if train.schedule == "constant":
@@ -33,24 +36,45 @@ def learning_rate(step: int, total: int, train: TrainSection) -> float:
     return least + (peak - least) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def rate_ratios(
+    paths: Iterable[str], ratios: Mapping[str, float], plus_ratio: float = 1.0
+) -> dict[str, float]:
+    """Every path's factor of the learning rate: that of the first matching group or pattern, times LoRA+'s.
+
+    ConfigError for a name that matches nothing that trains.
+    """
+    found = dict.fromkeys(paths, 1.0)
+    waiting = set(found)
+    for name, ratio in ratios.items():
+        matching = [path for path in found if matches_group(name, path)]
+        if not matching:
+            raise ConfigError(
+                f"train.rate_ratios: {name!r} matches nothing that trains; "
+                f"use {', '.join(PARAMETER_GROUPS)} or a regular expression for whole parameter paths"
+            )
+        found |= dict.fromkeys(waiting.intersection(matching), ratio)
+        waiting.difference_update(matching)
+    return {path: ratio * (plus_ratio if path.endswith(".lora_B") else 1.0) for path, ratio in found.items()}
+
+
 class Optimizer:
-    """Paddle's AdamW with LoRA+ rates, and a state keyed by the parameters' paths.
+    """Paddle's AdamW with a rate per group, LoRA+'s included, and a state keyed by the parameters' paths.
 
     Paddle keys its own state by automatic names that change with everything built before.
     """
 
     def __init__(self, model: nn.Layer, train: TrainSection, plus_ratio: float = 1.0) -> None:
         self.parameters = trainable(model)
-        fast = [p for path, p in self.parameters.items() if path.endswith(".lora_B")]
-        others = [p for path, p in self.parameters.items() if not path.endswith(".lora_B")]
+        groups: dict[float, list[Tensor]] = {}
+        for path, ratio in rate_ratios(self.parameters, train.rate_ratios, plus_ratio).items():
+            groups.setdefault(ratio, []).append(self.parameters[path])
         # Matrices only: biases and norms, whatever they are called, keep their scale.
         decayed = {p.name for p in self.parameters.values() if p.ndim > 1}
-        groups = [{"params": others, "learning_rate": 1.0}, {"params": fast, "learning_rate": plus_ratio}]
         low_precision = any(p.dtype in (paddle.bfloat16, paddle.float16) for p in self.parameters.values())
         self.clip_norm = train.clip_norm
         self.adamw = paddle.optimizer.AdamW(
             learning_rate=train.learning_rate,
-            parameters=[group for group in groups if group["params"]],
+            parameters=[{"params": some, "learning_rate": ratio} for ratio, some in groups.items()],
             beta1=train.beta1,
             beta2=train.beta2,
             epsilon=train.epsilon,

@@ -1,0 +1,1 @@
+"""ERNIEKit and PaddleFormers training files, read as our configuration; no paddle."""
