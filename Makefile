@@ -23,7 +23,7 @@ venv: $(BASE) ## Create .venv with everything that the demo and the tests need.
 demo: $(BASE) ## Train, evaluate, export, serve and ask the tiny demo model, on a CPU.
 	@$(BIN)/python examples/demo.py
 
-tiny: $(BASE) ## Make the demo model anew, from pictures to weights, in runs/tiny (about 40 minutes).
+tiny: $(BASE) ## Make the demo model anew, from pictures to weights, in runs/tiny (about an hour).
 	rm -rf runs/tiny
 	$(BIN)/python examples/shapes.py pretrain --count 60000 --seed 1 runs/tiny/shapes
 	$(BIN)/python examples/shapes.py text --count 6000 --seed 1 runs/tiny/shapes
@@ -34,6 +34,7 @@ tiny: $(BASE) ## Make the demo model anew, from pictures to weights, in runs/tin
 	$(BIN)/ernietune train configs/tiny/pretrain_words.yaml
 	$(BIN)/ernietune train configs/tiny/pretrain.yaml
 	$(BIN)/ernietune train configs/tiny/pretrain_closeups.yaml
+	$(BIN)/ernietune train configs/tiny/pretrain_mixed.yaml
 	@echo "the model is the best checkpoint in runs/tiny/model/checkpoints (see run.json there)"
 
 test: $(BASE) ## Run the tests; needs no torch.

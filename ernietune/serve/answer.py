@@ -41,7 +41,7 @@ async def parsed(
             parser = parsers[delta.index]
             reasoning_tokens += len(delta.ids) if parser.thinking else 0
             tokens, cached_tokens = tokens + len(delta.ids), max(cached_tokens, delta.cached_tokens)
-            events = parser.feed(delta.text) + (parser.finish() if delta.finish_reason is not None else [])
+            events = _events_of(delta, parser)
             ends = [place for place, event in enumerate(events) if event.kind == "call_end"]
             if ends:
                 called.add(delta.index)
@@ -54,6 +54,11 @@ async def parsed(
             yield Step(events, reason, delta.index, delta.logprobs, *counts)
             if not unfinished:
                 return
+
+
+def _events_of(delta: Delta, parser: OutputParser) -> list[Event]:
+    events = parser.feed(delta.text)
+    return events if delta.finish_reason is None else events + parser.finish()
 
 
 @dataclass(frozen=True)

@@ -168,18 +168,22 @@ class OutputParser:
         fresh = not self._began
         if self._state == "reasoning":
             return [THINK_CLOSE, THINK_OPEN] if fresh else [THINK_CLOSE]
-        tags = []
+        return [*self._answer_tags(fresh), *self._call_tags(fresh)]
+
+    def _answer_tags(self, fresh: bool) -> list[str]:
+        """Tags around an answer; before its first word a thought or a response may still open."""
         if self._rules.response and self._response == "open":
-            tags.append(RESPONSE_CLOSE)
-        if self._rules.response and self._response == "awaited" and fresh:
-            tags.append(RESPONSE_OPEN)
-        if self._may_think and self._response == "awaited" and fresh and self._calls == 0:
-            tags.append(THINK_OPEN)
-        if self._tools and (fresh or self._tools.call_after_text):
-            tags.append(CALL_OPEN)
-        if self._tools and not self._tools.call_after_text and not self._reasons:
-            tags.append(THINK_CLOSE)
-        return tags
+            return [RESPONSE_CLOSE]
+        if self._response != "awaited" or not fresh:
+            return []
+        opens_thought = self._may_think and self._calls == 0
+        return [RESPONSE_OPEN] * self._rules.response + [THINK_OPEN] * opens_thought
+
+    def _call_tags(self, fresh: bool) -> list[str]:
+        if not self._tools:
+            return []
+        tags = [CALL_OPEN] if fresh or self._tools.call_after_text else []
+        return tags if self._tools.call_after_text or self._reasons else [*tags, THINK_CLOSE]
 
     def _text(self, text: str) -> None:
         if text == "\n" and (self._rules.strip_newlines or self._layout):
