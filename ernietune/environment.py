@@ -7,6 +7,7 @@ ERNIETUNE_KEEP_ENV=1 switches the whole thing off. On a CPU it is worth about 4x
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import sys
@@ -15,6 +16,7 @@ from importlib import metadata
 
 from ernietune.errors import MissingPackage
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 INSTALL_PADDLE = (
     "PaddlePaddle 3.3 is not installed; for a CPU run `pip install 'ernietune[cpu]'`, for a GPU run "
     "`pip install 'ernietune[gpu]' --extra-index-url https://www.paddlepaddle.org.cn/packages/stable/cu126/`"
@@ -38,6 +40,21 @@ def prepare() -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", message="No ccache found")
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse blocks up to 128 MiB instead of returning them to the kernel after every operation.
+
+    Paddle's CPU allocator asks the C library for each tensor; fresh pages for a 2 MB result cost more than an
+    element-wise operation on it (0.82 against 0.18 ms for a copy), 13 % of a training step.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 27)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def has_gpu_build() -> bool:

@@ -24,6 +24,14 @@ def expert_views(stack: Tensor) -> list[Tensor]:
     return [stack[e] for e in range(stack.shape[0])]
 
 
+def row_blocks(x: Tensor, counts: list[int]) -> dict[int, Tensor]:
+    """Expert -> its rows of x, without a copy on a CPU; experts without rows are left out."""
+    if not x.place.is_cpu_place():
+        return {e: x[a:b] for e, a, b in blocks(counts)}
+    array = np.from_dlpack(x.detach())
+    return {e: dlpack.from_dlpack(array[a:b]) for e, a, b in blocks(counts)}
+
+
 def blocks(counts: list[int]) -> Iterator[tuple[int, int, int]]:
     """(expert, first row, end row) of every expert that has rows."""
     start = 0
@@ -40,20 +48,23 @@ class _GroupedLinear(PyLayer):
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int], views: list[Tensor]) -> Tensor:
         ctx.counts, ctx.views = counts, views
         ctx.save_for_backward(x, weight)
-        products = [paddle.matmul(x[a:b], views[e], transpose_y=True) for e, a, b in blocks(counts)]
+        products = [
+            paddle.matmul(rows, views[e], transpose_y=True) for e, rows in row_blocks(x, counts).items()
+        ]
         return paddle.concat(products) if products else paddle.zeros([0, weight.shape[1]], x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensor()
-        cut = list(blocks(ctx.counts))
+        cut = row_blocks(grad, ctx.counts)
         grad_x = None
         if not x.stop_gradient:
-            pieces = [paddle.matmul(grad[a:b], ctx.views[e]) for e, a, b in cut]
+            pieces = [paddle.matmul(rows, ctx.views[e]) for e, rows in cut.items()]
             grad_x = paddle.concat(pieces) if pieces else paddle.zeros_like(x)
         grad_w = None
         if not weight.stop_gradient:
-            per_expert = {e: paddle.matmul(grad[a:b], x[a:b], transpose_x=True) for e, a, b in cut}
+            inputs = row_blocks(x, ctx.counts)
+            per_expert = {e: paddle.matmul(cut[e], rows, transpose_x=True) for e, rows in inputs.items()}
             empty = paddle.zeros(weight.shape[1:], weight.dtype)
             grad_w = paddle.stack([per_expert.get(e, empty) for e in range(weight.shape[0])])
         return grad_x, grad_w

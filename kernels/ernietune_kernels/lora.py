@@ -13,7 +13,7 @@ import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
-from ernietune_kernels.grouped_gemm import blocks, expert_views
+from ernietune_kernels.grouped_gemm import expert_views, row_blocks
 
 
 def _forward(x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,8 @@ class _GroupedLoRALinear(PyLayer):
     ) -> Tensor:
         ctx.scale, ctx.counts, ctx.views = scale, counts, views
         a_views, b_views = expert_views(a), expert_views(b)
-        pieces = [_forward(x[i:j], views[e], a_views[e], b_views[e], scale) for e, i, j in blocks(counts)]
+        rows = row_blocks(x, counts)
+        pieces = [_forward(rows[e], views[e], a_views[e], b_views[e], scale) for e in rows]
         if not pieces:
             ctx.save_for_backward(x, a, b, paddle.zeros([0, a.shape[1]], x.dtype))
             return paddle.zeros([0, w.shape[1]], x.dtype)
@@ -70,11 +71,11 @@ class _GroupedLoRALinear(PyLayer):
         x, a, b, narrow = ctx.saved_tensor()
         a_views, b_views = expert_views(a), expert_views(b)
         pieces, grads_a, grads_b = [], {}, {}
-        for e, i, j in blocks(ctx.counts):
-            block = grad[i:j]
+        rows, narrows = row_blocks(x, ctx.counts), row_blocks(narrow, ctx.counts)
+        for e, block in row_blocks(grad, ctx.counts).items():
             narrow_grad = paddle.matmul(block, b_views[e]).scale_(ctx.scale)
-            grads_a[e] = paddle.matmul(narrow_grad, x[i:j], transpose_x=True)
-            grads_b[e] = paddle.matmul(block, narrow[i:j], transpose_x=True)
+            grads_a[e] = paddle.matmul(narrow_grad, rows[e], transpose_x=True)
+            grads_b[e] = paddle.matmul(block, narrows[e], transpose_x=True)
             if not x.stop_gradient:
                 pieces.append(_backward_x(block, ctx.views[e], a_views[e], narrow_grad))
         grad_x = None
