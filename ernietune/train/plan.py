@@ -28,7 +28,7 @@ def print_plan(config: Config) -> None:
     train, data = config.train, config.data
     console.print(f"model {config.model.path}: {geometry.model_type}, {geometry.num_hidden_layers} layers")
     print_table(shapes, config)
-    length = f"{train.steps} steps" if train.steps else f"{train.epochs} epochs"
+    length = f"{train.steps} steps" if train.steps else f"{train.epochs} epoch{'s' * (train.epochs != 1)}"
     console.print(
         f"{length} of {train.accumulation} x {train.rows} rows of at most {data.max_length} tokens "
         f"({train.accumulation * train.rows * data.max_length:,} a step); "
