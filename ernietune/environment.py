@@ -46,8 +46,8 @@ def prepare() -> None:
 def _keep_freed_memory() -> None:
     """Let glibc reuse blocks up to 128 MiB instead of returning them to the kernel after every operation.
 
-    Paddle's CPU allocator asks the C library for each tensor; fresh pages for a 2 MB result cost more than an
-    element-wise operation on it (0.82 against 0.18 ms for a copy), 13 % of a training step.
+    Paddle's CPU allocator asks the C library for each tensor, and touching fresh pages for a result of a few
+    megabytes costs more than an element-wise operation on it.
     """
     if sys.platform != "linux":
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -50,10 +50,7 @@ def main(config: Config) -> Path:
     model = load_model(base, dtype, processor.config)
     options = stream_options(config)
     if config.dpo.reference == "precomputed":
-        for name, records in (("train", train_set), ("eval", held_out)):
-            if isinstance(records, PairDataset):
-                file = folder / "reference" / name
-                reference.attach(records, model, options, config.train.loss_chunk, base, file)
+        attach_references(model, config, options, base, {"train": train_set, "eval": held_out})
     shapes = {path: parameter.shape for path, parameter in model.named_parameters()}
     plan.print_table(shapes, config)
     choose_trainable(model, config)
@@ -97,6 +94,20 @@ def prepare_folder(config: Config) -> Path:
     except OSError as error:
         raise ConfigError(f"train.output: {folder} cannot be created ({error.strerror})") from None
     return folder
+
+
+def attach_references(
+    model: CausalLM,
+    config: Config,
+    options: StreamOptions,
+    base: Path,
+    sets: Mapping[str, Dataset | PairDataset | None],
+) -> None:
+    """Give every set of pairs its log-probabilities under the untouched model, kept in the run folder."""
+    for name, records in sets.items():
+        if isinstance(records, PairDataset):
+            file = Path(config.train.output) / "reference" / name
+            reference.attach(records, model, options, config.train.loss_chunk, base, file)
 
 
 @contextmanager
