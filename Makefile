@@ -8,10 +8,11 @@ PIP_FLAGS ?=
 BIN := $(VENV)/bin
 # A stamp says what is installed in a virtual environment; it is stale when pyproject.toml is newer.
 BASE := $(VENV)/.installed-base
+TEST := $(VENV)/.installed-test
 DEV := $(VENV)/.installed-dev
 PARITY := $(VENV)/.installed-parity
 BROWSER := $(VENV)/.installed-browser
-EXTRAS := cpu,demo,test
+EXTRAS := cpu,demo
 INSTALL := $(BIN)/python -m pip install $(PIP_FLAGS)
 
 .PHONY: help venv demo tiny screenshots ui-screenshots test parity lint check clean
@@ -19,7 +20,7 @@ INSTALL := $(BIN)/python -m pip install $(PIP_FLAGS)
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
 
-venv: $(BASE) ## Create .venv with everything that the demo and the tests need.
+venv: $(TEST) ## Create .venv with everything that the demo and the tests need.
 
 demo: $(BASE) ## Train, evaluate, export, serve and ask the tiny demo model, on a CPU.
 	@$(BIN)/python examples/demo.py
@@ -41,7 +42,7 @@ tiny: $(BASE) ## Make the demo model anew, from pictures to weights, in runs/tin
 screenshots: $(BASE) ## Photograph the preview and evaluation pages (docs/images); needs Chromium.
 	$(BIN)/python examples/screenshots.py
 
-test: $(BASE) ## Run the tests; needs no torch.
+test: $(TEST) ## Run the tests; needs no torch.
 	@$(BIN)/python -m pytest -m "not parity"
 
 parity: $(PARITY) ## Compare with torch and transformers, which are installed for it.
@@ -70,16 +71,20 @@ $(BASE): pyproject.toml
 	$(INSTALL) -e '.[$(EXTRAS)]'
 	@touch $@
 
-$(DEV): $(BASE)
-	$(INSTALL) -e '.[$(EXTRAS),dev]'
+$(TEST): $(BASE)
+	$(INSTALL) -e '.[$(EXTRAS),test]'
 	@touch $@
 
-$(BROWSER): $(BASE)
-	$(INSTALL) -e '.[$(EXTRAS),browser]'
+$(DEV): $(TEST)
+	$(INSTALL) -e '.[$(EXTRAS),test,dev]'
+	@touch $@
+
+$(BROWSER): $(TEST)
+	$(INSTALL) -e '.[$(EXTRAS),test,browser]'
 	@touch $@
 
 # torch first and alone: whichever build PIP_FLAGS picks then stays, and the extra finds it installed.
-$(PARITY): $(BASE)
+$(PARITY): $(TEST)
 	$(INSTALL) torch==2.13.0
-	$(INSTALL) -e '.[$(EXTRAS),parity]'
+	$(INSTALL) -e '.[$(EXTRAS),test,parity]'
 	@touch $@

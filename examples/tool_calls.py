@@ -1,9 +1,9 @@
 """How many function calls are right, before and after tuning, asked through the served API.
 
-    python examples/tool_calls.py              train configs/tiny/sft_tools.yaml, then measure
+    python examples/tool_calls.py              make data, train configs/tiny/sft_tools.yaml, then measure
     python examples/tool_calls.py --run RUN    measure a run that is there
 
-Every answer of the held-out records is asked for with the openai client: the messages before it and the
+Every answer of records that the training never saw is asked for with the openai client: the messages before it and the
 record's tools go in, and the calls that come back must equal the record's, name and arguments, as JSON. Where
 the record has no call there must be none.
 """
@@ -30,10 +30,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent))
 from demo import BASE, ROOT, command, server
 
-HELD_OUT = ROOT / "data/tools/heldout.jsonl"
 RUN = ROOT / "runs/tool-calls"
 REQUESTS = ROOT / "runs/tool-requests"  # what configs/tiny/sft_tools.yaml trains on
-RECORDS = 3000
 MAX_TOKENS = 200  # two calls
 AT_ONCE = 16  # requests
 AIM = 0.9  # share of exact calls
@@ -117,9 +115,11 @@ def main() -> None:
     """Train, measure the base and the run, print one table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--run", type=Path, help="a finished run; without it one is trained")
-    parser.add_argument("--data", type=Path, default=HELD_OUT)
+    parser.add_argument("--data", type=Path, default=REQUESTS / "test.jsonl")
     parser.add_argument("--show", type=int, default=5, help="wrong answers to print")
     args = parser.parse_args()
+    if args.run is None:
+        subprocess.run([sys.executable, ROOT / "examples/tool_requests.py", REQUESTS], check=True)
     held_out = list(cases(args.data))
     table = Table(
         "model", "exact calls", "no call where none is due", "all", title="ernietune: function calls"
@@ -129,8 +129,6 @@ def main() -> None:
     if run is None:
         run = RUN
         shutil.rmtree(run, ignore_errors=True)
-        make = [sys.executable, ROOT / "examples/tool_requests.py", "--count", str(RECORDS), REQUESTS]
-        subprocess.run(make, check=True)
         seconds = command("train", "configs/tiny/sft_tools.yaml", f"train.output={run}")
     started = time.perf_counter()
     after = measure(run, held_out, args.show)

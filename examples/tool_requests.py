@@ -1,10 +1,11 @@
 """Requests in words and the function calls they ask for: data for tool calling with the tiny demo model.
 
-    python examples/tool_requests.py OUT_DIR    OUT_DIR/{train,heldout}.jsonl
+    python examples/tool_requests.py OUT_DIR    OUT_DIR/{train,heldout,test}.jsonl
 
 A record offers two of three tools and holds a request for one of them or for both, or one that needs no tool.
 The argument values stand in the request, in words the model knows from its pictures. No held-out request is
-trained on: of the wordings of a combination of values, every fourth is in held-out records only.
+trained on: of the wordings of a combination of values, every fourth is in held-out records only. A training
+picks its best checkpoint by `heldout`; `test`, drawn the same way, is for measuring what it picked.
 """
 
 from __future__ import annotations
@@ -113,11 +114,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("folder", type=Path, metavar="OUT_DIR")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--count", type=int, default=440, help="records to train on")
+    parser.add_argument("--count", type=int, default=5000, help="records to train on")
     args = parser.parse_args()
-    write(args.folder / "train.jsonl", generate(partial(tool_record, held_out=False), args.count, args.seed))
-    held_out = generate(partial(tool_record, held_out=True), 70, args.seed + 1)
-    write(args.folder / "heldout.jsonl", held_out)
+    for place, (name, count) in enumerate({"train": args.count, "heldout": 70, "test": 200}.items()):
+        sample = partial(tool_record, held_out=name != "train")
+        write(args.folder / f"{name}.jsonl", generate(sample, count, args.seed + place))
 
 
 if __name__ == "__main__":
