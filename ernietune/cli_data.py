@@ -7,10 +7,15 @@ from typing import Annotated
 
 import typer
 
+from ernietune.config import DataSection
+from ernietune.errors import ConfigError
+
 data_app = typer.Typer(no_args_is_help=True, help="Check, show and count training data before training.")
 
-Files = Annotated[list[Path], typer.Argument(help="Data files or folders.")]
-Model = Annotated[str, typer.Option(help="A model folder, run or hub id: its tokenizer and chat format.")]
+Files = Annotated[list[Path], typer.Argument(help="Data files or folders, or one training configuration.")]
+Model = Annotated[
+    str | None, typer.Option(help="A model folder, run or hub id: its tokenizer and chat format.")
+]
 Template = Annotated[str, typer.Option(help="Chat format: auto, text, thinking, vl, vl_thinking.")]
 MaxLength = Annotated[int | None, typer.Option(help="Tokens of a row; by default the model's context.")]
 Form = Annotated[
@@ -35,18 +40,26 @@ def data_check(
     form: Form = "auto",
     template: Template = "auto",
 ) -> None:
-    """Read every record and name all that is wrong by file:line; exit with 2 if anything is."""
+    """Read every record and name all that is wrong by file:line; exit with 2 if anything is.
+
+    Of a training configuration: its data as the training will read them, with its model and settings.
+    """
     from ernietune.data import commands
 
     data = commands.data_section(max_length, form, "all", False)
-    if not commands.run_check(files, model, template, data):
+    training = commands.training_of(files, model, template, data, typer.echo)
+    if training is None:
+        fine = commands.run_check(files, model, template, data)
+    else:
+        fine = commands.run_check_of_training(training)
+    if not fine:
         raise typer.Exit(2)
 
 
 @data_app.command("preview")
 def data_preview(
     files: Files,
-    model: Model,
+    model: Model = None,
     html: Annotated[Path | None, typer.Option(help="Also write a page, with the pictures in place.")] = None,
     first: Annotated[int, typer.Option(min=0, help="Number of the first record, from 0.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="How many records of each file.")] = 3,
@@ -60,13 +73,14 @@ def data_preview(
     from ernietune.data import commands
 
     data = commands.data_section(max_length, form, train_on, train_all_turns)
-    commands.run_preview(files, model, template, data, range(first, first + count), html)
+    paths, name, template, data = _what(files, model, template, data)
+    commands.run_preview(paths, name, template, data, range(first, first + count), html)
 
 
 @data_app.command("stats")
 def data_stats(
     files: Files,
-    model: Model,
+    model: Model = None,
     max_length: MaxLength = None,
     form: Form = "auto",
     template: Template = "auto",
@@ -77,4 +91,20 @@ def data_stats(
     from ernietune.data import commands
 
     data = commands.data_section(max_length, form, train_on, train_all_turns)
-    commands.run_stats(files, model, template, data)
+    paths, name, template, data = _what(files, model, template, data)
+    commands.run_stats(paths, name, template, data)
+
+
+def _what(
+    files: list[Path], model: str | None, template: str, data: DataSection
+) -> tuple[list[Path], str, str, DataSection]:
+    """Files, model, chat format and settings, as a training configuration or the options say."""
+    from ernietune.data import commands
+
+    training = commands.training_of(files, model, template, data, typer.echo)
+    if training is not None:
+        paths = [Path(path) for path in [*training.data.train, *training.data.eval]]
+        return paths, training.model.path, training.model.template, training.data
+    if model is None:
+        raise ConfigError("--model is missing; give it, or a training configuration in the place of the data")
+    return files, model, template, data

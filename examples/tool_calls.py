@@ -3,9 +3,9 @@
     python examples/tool_calls.py              make data, train configs/tiny/sft_tools.yaml, then measure
     python examples/tool_calls.py --run RUN    measure a run that is there
 
-Every answer of records that the training never saw is asked for with the openai client: the messages before it and the
-record's tools go in, and the calls that come back must equal the record's, name and arguments, as JSON. Where
-the record has no call there must be none.
+Every answer of records that the training never saw is asked for with the openai client: the messages before
+it and the record's tools go in, and the calls that come back must equal the record's, name and arguments, as
+JSON. Where the record has no call there must be none.
 """
 
 from __future__ import annotations

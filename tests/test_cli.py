@@ -137,6 +137,17 @@ def test_checking_data_is_light_and_says_by_its_exit_code_whether_all_is_well(tm
     assert bad.stdout.startswith(f"{tmp_path / 'd.jsonl'}:1: messages is empty")
 
 
+def test_the_data_of_a_training_configuration_can_be_checked_and_counted() -> None:
+    checked = run(WITHOUT_PADDLE, "data", "check", ROOT / "configs/tiny/dpo_lora_pictures.yaml")
+    assert (checked.returncode, checked.stderr) == (0, "")
+    assert checked.stdout.startswith("600 records, nothing wrong; 600 samples")
+    counted = run(WITHOUT_PADDLE, "data", "stats", ROOT / "configs/tiny/dpo_lora_pictures.yaml")
+    assert "1,200 samples" in counted.stdout
+    missing = run(WITHOUT_PADDLE, "data", "stats", "d.jsonl")
+    assert missing.returncode == 2
+    assert missing.stderr.startswith("error: --model is missing")
+
+
 def test_a_preview_needs_no_paddle(tmp_path: Path) -> None:
     missing = run(WITHOUT_PADDLE, "data", "preview", "x.jsonl", "--model", tmp_path / "none")
     assert (missing.returncode, missing.stdout) == (2, "")

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-from ernietune.data.dataset import BadRecord, Encoder, Sample
+from ernietune.checkpoint.processor import Processor
+from ernietune.config import Config
+from ernietune.data.build import records_of
+from ernietune.data.dataset import BadRecord, Encoder, Sample, Skipped
 from ernietune.data.formats import Form, form_of_source
+from ernietune.data.pairs import Pair
 from ernietune.data.records import encode_record
 from ernietune.data.sources import Source, open_source
 from ernietune.data.stream import ordered_map
@@ -66,11 +71,31 @@ def check(
     return report
 
 
-def _check_source(source: Source, encoder: Encoder | None, form: Form, workers: int, report: Report) -> None:
-    def examine(row: int) -> list[Sample] | Finding:
-        return _examine(source, row, encoder, form)
+def check_training(config: Config, processor: Processor) -> Report:
+    """Check the records of a training's files as the training will read them, pairs as pairs.
 
-    for result in ordered_map(examine, range(len(source)), workers):
+    What `data.on_error` or `data.overlong` would leave out is a finding too.
+    """
+    report, strict = Report(), replace(config, data=replace(config.data, on_error="error"))
+    for path in [*config.data.train, *config.data.eval]:
+        try:
+            records = records_of(strict, [path], processor)
+        except DataError as error:
+            report.findings.append(Finding("unreadable file", "", str(error)))
+            continue
+        _check_all(records.samples, len(records), config.data.workers, report)
+    return report
+
+
+def _check_source(source: Source, encoder: Encoder | None, form: Form, workers: int, report: Report) -> None:
+    _check_all(lambda row: list(encode_record(source, row, encoder, form)), len(source), workers, report)
+
+
+def _check_all(
+    encode: Callable[[int], Sequence[Sample | Pair | Skipped]], count: int, workers: int, report: Report
+) -> None:
+    """Encode all records of a file, and add what they give, or what is wrong with them, to the report."""
+    for result in ordered_map(partial(_examine, encode), range(count), workers):
         report.records += 1
         if isinstance(result, Finding):
             report.findings.append(result)
@@ -81,15 +106,22 @@ def _check_source(source: Source, encoder: Encoder | None, form: Form, workers: 
             report.trained += sample.trained
 
 
-def _examine(source: Source, row: int, encoder: Encoder | None, form: Form) -> list[Sample] | Finding:
+def _examine(
+    encode: Callable[[int], Sequence[Sample | Pair | Skipped]], row: int
+) -> list[Sample | Pair] | Finding:
+    found: list[Sample | Pair] = []
     try:
-        return list(encode_record(source, row, encoder, form))
+        for result in encode(row):
+            if isinstance(result, Skipped):
+                return Finding(result.reason, "", result.detail)
+            found.append(result)
     except BadRecord as error:
         return Finding(error.reason, error.field, str(error))
     except FieldError as error:
         return Finding("malformed", error.path, str(error))
     except DataError as error:
         return Finding("malformed", "", str(error))
+    return found
 
 
 def lines(report: Report) -> list[str]:

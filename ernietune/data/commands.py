@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import cast, get_args
@@ -10,7 +10,8 @@ from typing import cast, get_args
 from rich.console import Console
 
 from ernietune.checkpoint.processor import Processor
-from ernietune.config import DataSection
+from ernietune.compat import load
+from ernietune.config import Config, DataSection
 from ernietune.config_rules import CHOICES
 from ernietune.data import check, preview, stats
 from ernietune.data.build import encoder_of, processor_for
@@ -26,7 +27,16 @@ def run_check(files: Sequence[Path], model: str | None, template: str, data: Dat
     if model is None and (data.max_length or template != "auto"):
         raise ConfigError("--max-length and --template need --model; without it only the schema is checked")
     encoder = encoder_of(data, _processor(model, template, data)) if model else None
-    report = check.check(files, encoder, form_of(data), data.workers)
+    return _say(check.check(files, encoder, form_of(data), data.workers))
+
+
+def run_check_of_training(config: Config) -> bool:
+    """The same for the data of a training, encoded as it will be."""
+    processor = processor_for(config.model.path, config.model.template)
+    return _say(check.check_training(config, processor))
+
+
+def _say(report: check.Report) -> bool:
     print("\n".join(check.lines(report)))
     return not report.findings
 
@@ -57,6 +67,23 @@ def run_stats(files: Sequence[Path], model: str, template: str, data: DataSectio
     encoder = encoder_of(data, _processor(model, template, data))
     found = stats.stats(files, encoder, form_of(data), data.workers)
     print("\n".join(stats.lines(found, encoder.max_length)))
+
+
+def training_of(
+    files: Sequence[Path], model: str | None, template: str, data: DataSection, say: Callable[[str], None]
+) -> Config | None:
+    """The training that is meant when the one file is a YAML file, ours or ERNIEKit's; None for data files.
+
+    ConfigError when anything is said besides, because the file says it.
+    """
+    named = [file for file in files if file.suffix in (".yaml", ".yml")]
+    if not named:
+        return None
+    if len(files) > 1 or model or template != "auto" or data != data_section(None, "auto", "all", False):
+        raise ConfigError(
+            f"{named[0]} names its data, model and settings: give it alone, without --model and the like"
+        )
+    return load.load(named[0], say=say)
 
 
 def data_section(max_length: int | None, form: str, train_on: str, all_turns: bool) -> DataSection:

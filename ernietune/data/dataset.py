@@ -27,10 +27,17 @@ from ernietune.text.template import IGNORE, Rendered, Template
 PATCH_VALUES = 588  # 3 channels of 14 x 14 pixels
 Overlong = Literal["error", "skip", "truncate"]
 TrainOn = Literal["all", "last"]
-OfPair = Literal["equal answers", "empty answer"]
-Reason = (
-    Literal["malformed", "image", "video", "chat format", "no answer", "nothing trained", "too long"] | OfPair
-)
+Reason = Literal[
+    "malformed",
+    "image",
+    "video",
+    "chat format",
+    "no answer",
+    "empty answer",
+    "nothing trained",
+    "too long",
+    "equal answers",  # of a preference pair
+]
 S_co = TypeVar("S_co", bound=Sized, covariant=True)
 
 
@@ -84,6 +91,23 @@ class BadRecord(DataError):
         self.field = field
 
 
+def require_answers(conversation: Conversation, where: str) -> None:
+    """BadRecord unless the conversation ends with an answer and none that is trained is empty."""
+    messages = conversation.messages
+    if not messages or messages[-1].role != "assistant":
+        raise BadRecord(
+            "no answer", f"{where}: the last message must be the assistant's, it is what is trained"
+        )
+    answers = [message for message in messages if message.role == "assistant"]
+    for number, answer in enumerate(answers, 1):
+        if answer.trained and answer.says_nothing:
+            raise BadRecord(
+                "empty answer",
+                f"{where}: answer {number} of {len(answers)} is empty, and a model trained on it learns to "
+                "say nothing; write it, or switch its training off",
+            )
+
+
 @dataclass(frozen=True)
 class Encoder:
     """How conversations become samples of at most `max_length` tokens.
@@ -112,12 +136,9 @@ class Encoder:
         Skipped only for what is too long under `skip` or `truncate`; everything else that is wrong raises
         BadRecord (a DataError) naming `where`.
         """
-        if not conversation.messages or conversation.messages[-1].role != "assistant":
-            raise BadRecord(
-                "no answer", f"{where}: the last message must be the assistant's, it is what is trained"
-            )
         if self.train_on == "last":
             conversation = last_answer_only(conversation)
+        require_answers(conversation, where)
         pictures = self._pictures(conversation, where, folder)
         rendered = self._render(conversation, pictures, where)
         if not rendered.untrained_turns:

@@ -46,6 +46,11 @@ class Pair:
         return len(self.chosen) - 1 + len(self.rejected) - self.prompt
 
     @property
+    def trained(self) -> int:
+        """How many tokens have a target, in both answers."""
+        return self.chosen.trained + self.rejected.trained
+
+    @property
     def where(self) -> str:
         """The record's `file:line`."""
         return self.chosen.where
@@ -94,7 +99,7 @@ class PairEncoder(Encoder):
             raise BadRecord("malformed", f"{where} has a weight of its own; give the weight to the record")
         if not answer.trained:
             raise BadRecord("malformed", f"{where} asks not to be trained, but both answers of a pair are")
-        if not (answer.text.strip() or answer.reasoning or answer.tool_calls):
+        if answer.says_nothing:
             raise BadRecord("empty answer", f"{where} is an empty answer")
         asked = (replace(m, trained=False) if m.role == "assistant" else m for m in prompt.messages)
         rendered = self._render(Conversation((*asked, answer), prompt.tools), pictures, where)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ernietune.data.dataset import BadRecord, Encoder, Sample
+from ernietune.data.dataset import BadRecord, Encoder, Sample, require_answers
 from ernietune.data.formats import Form, is_pair, to_conversation
 from ernietune.data.media import try_medium
 from ernietune.data.preference import PreferencePair, to_pair
@@ -48,10 +48,7 @@ def _sides(pair: PreferencePair, where: str) -> dict[str, Conversation]:
 
 def _check_without_model(conversation: Conversation, where: str, folder: Path) -> None:
     """What needs no chat format: an answer at the end that is trained, and media that open."""
-    if conversation.messages[-1].role != "assistant":
-        raise BadRecord(
-            "no answer", f"{where}: the last message must be the assistant's, it is what is trained"
-        )
+    require_answers(conversation, where)
     if not any(message.role == "assistant" and message.trained for message in conversation.messages):
         raise BadRecord("nothing trained", f"{where}: no answer of this record is trained")
     for part in conversation.media:

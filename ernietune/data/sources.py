@@ -66,10 +66,8 @@ class JsonSource:
         return f"{self.path}:{self.lines[index]}"
 
     def read(self, index: int) -> object:
-        """Parse one record; DataError when its bytes are not one JSON value in UTF-8."""
-        with open(self.path, "rb") as handle:
-            handle.seek(int(self.starts[index]))
-            raw = handle.read(int(self.ends[index] - self.starts[index]))
+        """Parse one record; DataError when its bytes are gone, or not one JSON value in UTF-8."""
+        raw = self._bytes(index)
         try:
             return json.loads(raw.decode("utf-8"))
         except json.JSONDecodeError as error:
@@ -81,6 +79,17 @@ class JsonSource:
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{self.where(index)}: byte {error.start + 1} of the record is not UTF-8; save it as UTF-8"
+            ) from error
+
+    def _bytes(self, index: int) -> bytes:
+        try:
+            with open(self.path, "rb") as handle:
+                handle.seek(int(self.starts[index]))
+                return handle.read(int(self.ends[index] - self.starts[index]))
+        except OSError as error:
+            raise DataError(
+                f"{self.where(index)}: the file was there at the start and cannot be read now "
+                f"({error.strerror}); put it back and give the same command again"
             ) from error
 
 

@@ -76,6 +76,11 @@ class Message:
         """The text parts, joined; images and videos leave nothing behind."""
         return "".join(part.text for part in self.parts)
 
+    @property
+    def says_nothing(self) -> bool:
+        """True without text, reasoning and tool calls."""
+        return not (self.text.strip() or self.reasoning or self.tool_calls)
+
 
 @dataclass(frozen=True)
 class Conversation:

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from ernietune.data.check import check, lines
+from ernietune.config import build
+from ernietune.data.build import processor_for
+from ernietune.data.check import check, check_training, lines
 from ernietune.data.dataset import Dataset, Encoder, Sample, Skipped, VisionTokens
 from ernietune.data.sources import open_source
 from ernietune.media.image import ImageLimits
@@ -319,3 +321,41 @@ def test_pairs_are_checked_as_both_of_their_dialogues(tmp_path: Path, encoder: E
     (finding,) = check([path], encoder).findings
     assert finding.detail.startswith(f"{path}:1: rejected: 1091 tokens are more than")
     assert finding.reason == "too long"
+
+
+@pytest.mark.parametrize("overlong", ["error", "skip"])
+def test_a_training_configuration_is_checked_as_the_training_reads_it(tmp_path: Path, overlong: str) -> None:
+    good = {"messages": [{"role": "user", "content": "q"}], "chosen": "red", "rejected": "blue"}
+    long = {**good, "chosen": "red " * 60}  # either side fits a row of 128 tokens, the pair does not
+    long["rejected"] = "blue " * 60
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in (good, long, {"messages": []})))
+    config = build(
+        {
+            "model": {"path": str(Path(__file__).parents[2] / "data" / "tiny")},
+            "data": {"train": [str(path)], "eval": [str(tmp_path / "gone.jsonl")], "max_length": 128},
+            "train": {"output": str(tmp_path / "run"), "objective": "dpo", "steps": 1},
+        },
+        [f"data.overlong={overlong}"],
+        "test",
+        {},
+    )
+    report = check_training(config, processor_for(config.model.path))
+    assert (report.records, report.samples, report.trained) == (3, 1, 4)
+    assert [finding.reason for finding in report.findings] == ["too long", "malformed", "unreadable file"]
+    assert report.findings[0].detail.startswith(f"{path}:2: ")
+
+
+def test_an_empty_answer_is_wrong_unless_it_is_not_trained(tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": " "},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+    ]
+    path = tmp_path / "d.jsonl"
+    untrained = [turns[0], {**turns[1], "weight": 0}, *turns[2:]]
+    path.write_text("".join(json.dumps({"messages": each}) + "\n" for each in (turns, untrained)))
+    (finding,) = check([path]).findings
+    assert finding.reason == "empty answer"
+    assert finding.detail.startswith(f"{path}:1: answer 1 of 2 is empty")

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from ernietune.data.build import encoder_of, processor_for
-from ernietune.data.commands import data_section, run_check, run_preview, run_stats
+from ernietune.data.commands import data_section, run_check, run_preview, run_stats, training_of
 from ernietune.data.preview import Picture, Piece, image_of, packing_line, pieces, to_text
 from ernietune.data.stats import cut_lines, histogram
 from ernietune.errors import ConfigError
@@ -139,6 +140,21 @@ def test_check_says_whether_all_is_well(
     (tmp_path / "d.jsonl").write_text('{"messages": 1}\n')
     assert not run_check([tmp_path / "d.jsonl"], None, "auto", data_section(None, "auto", "all", False))
     assert f"{tmp_path / 'd.jsonl'}:1: messages is a number; expected a list" in capsys.readouterr().out
+
+
+def test_a_training_configuration_stands_for_its_data_model_and_settings(tmp_path: Path) -> None:
+    file, plain = tmp_path / "mine.yaml", data_section(None, "auto", "all", False)
+    file.write_text(
+        "model: {path: m, template: vl}\ndata: {train: [d.jsonl]}\ntrain: {output: o, steps: 1}\n"
+    )
+    assert training_of([tmp_path / "d.jsonl"], "m", "vl", plain, print) is None
+    training = training_of([file], None, "auto", plain, print)
+    assert training is not None
+    assert (training.model.template, training.data.train) == ("vl", ["d.jsonl"])
+    others = (([file, file], None, plain), ([file], "m", plain), ([file], None, replace(plain, max_length=8)))
+    for files, model, data in others:
+        with pytest.raises(ConfigError, match="mine.yaml names its data, model and settings: give it alone"):
+            training_of(files, model, "auto", data, print)
 
 
 def test_wrong_options_are_named() -> None:

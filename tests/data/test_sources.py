@@ -66,6 +66,15 @@ def test_a_line_that_is_not_utf8_names_its_line(tmp_path: Path) -> None:
         list(read_records(path))
 
 
+def test_a_file_that_goes_away_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "gone.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2}\n')
+    source = open_source(path)
+    path.unlink()
+    with pytest.raises(DataError, match=r"gone.jsonl:2: the file was there .* cannot be read now"):
+        source.read(1)
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [("{}", 1), ('[{"a": 1},\n]', 2), ('[{"a": 1}\n{"b": 2}]', 2), ("[1]\n\n2", 3), ("[1", 1)],
