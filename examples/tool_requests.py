@@ -4,14 +4,15 @@
 
 A record offers two of three tools and holds a request for one of them or for both, or one that needs no tool.
 The argument values stand in the request, in words the model knows from its pictures. No held-out request is
-trained on: of the wordings of a combination of values, every fourth is in held-out records only. A training
-picks its best checkpoint by `heldout`; `test`, drawn the same way, is for measuring what it picked.
+trained on: a checksum of its words keeps every fourth one, wording and values together, for held-out records.
+A training picks its best checkpoint by `heldout`; `test`, drawn the same way, is for measuring what it picked.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from shape_words import COLORS, PLACES, SHAPES, TEXT_PAIRS
 from shapes import Rng, generate, pick, write
 
-HELD_OUT = 4  # one of so many wordings of the same values
+HELD_OUT = 4  # one of so many requests
+OPENINGS = ("", "Now: ", "Please: ", "Well, then. ")
 Message = dict[str, Any]
 
 
@@ -42,12 +44,12 @@ class Tool:
     def request(self, rng: Rng, held_out: bool) -> tuple[str, dict[str, str]]:
         """A wording of the wanted part, and the arguments in it."""
         while True:
-            wording = int(rng.integers(len(self.requests)))
-            places = [int(rng.integers(len(values))) for values in self.values.values()]
-            if ((wording + sum(places)) % HELD_OUT == 0) is held_out:
-                chosen = zip(self.values.items(), places, strict=True)
-                arguments = {name: values[place] for (name, values), place in chosen}
-                return self.requests[wording].format(**arguments), arguments
+            arguments = {name: pick(rng, values) for name, values in self.values.items()}
+            text = pick(rng, OPENINGS) + pick(rng, self.requests).format(**arguments)
+            # Not by a count over wordings and values: with the rest of a request the held-out value would be
+            # the one that training never shows, and the better a model learnt, the surer it would be wrong.
+            if (zlib.crc32(text.encode()) % HELD_OUT == 0) is held_out:
+                return text, arguments
 
 
 TOOLS = (
@@ -59,6 +61,10 @@ TOOLS = (
             "I want a {color} {shape}.",
             "Draw the {shape}, in {color}.",
             "A {shape}, please. The color is {color}.",
+            "The {shape} is to be {color}.",
+            "In {color}, a {shape}.",
+            "Let me see a {color} {shape}.",
+            "Color: {color}. Shape: {shape}. Draw it.",
         ),
     ),
     Tool(
@@ -69,6 +75,10 @@ TOOLS = (
             "The {shape}: put it {place}.",
             "In the {place} I want the {shape}.",
             "Is the {shape} in the {place}? Put it there.",
+            "Move the {shape} to the {place}.",
+            "The {place} is where the {shape} goes.",
+            "Place: {place}. Object: {shape}. Put it there.",
+            "I want to see the {shape} in the {place}.",
         ),
     ),
     Tool(
@@ -79,6 +89,10 @@ TOOLS = (
             "How many are {color}, {place}? Count them.",
             "In the {place}: how many {color} objects?",
             "Count all that is {color} in the {place}.",
+            "What is {color} in the {place}? Count.",
+            "The {place}: is there anything {color}? Count it.",
+            "Give me the number of {color} objects, {place}.",
+            "Color: {color}. Place: {place}. How many?",
         ),
     ),
 )
