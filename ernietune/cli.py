@@ -18,7 +18,9 @@ app = typer.Typer(
 )
 
 config_app = typer.Typer(no_args_is_help=True, help="Configuration files.")
+adapter_app = typer.Typer(no_args_is_help=True, help="LoRA adapters.")
 app.add_typer(config_app, name="config")
+app.add_typer(adapter_app, name="adapter")
 app.add_typer(data_app, name="data")
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...")]
@@ -171,6 +173,19 @@ def export(
 
     report = exporting.export(source, output, base, int(shard_gb * 1e9))
     typer.echo(str(report))
+
+
+@adapter_app.command("convert")
+def convert_adapter(
+    source: Annotated[Path, typer.Argument(help="A run, or an adapter folder in either layout.")],
+    output: Annotated[Path, typer.Option(help="New folder for the adapter.")],
+    base: Annotated[str | None, typer.Option(help="Its base model, when that has moved.")] = None,
+) -> None:
+    """From ERNIEKit's and PaddleFormers' layout to PEFT's, which is ours; from ours to theirs."""
+    environment.require_paddle()
+    from ernietune.convert_adapter import convert
+
+    typer.echo(convert(source, output, base))
 
 
 @app.command()

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ernietune import hub
 from ernietune.checkpoint.adapter import CONFIG_FILE, Float, read_adapter, read_adapter_config
+from ernietune.checkpoint.adapter_config import refuse_paddle_adapter
 from ernietune.checkpoint.dtypes import Array, from_float32, to_float32
 from ernietune.checkpoint.folder import copy_side_files, staged
 from ernietune.checkpoint.load import stored_entries
@@ -61,6 +62,7 @@ def export(
     that is not empty, a full disk, or a result that does not read back as computed.
     """
     folder = checkpoint_in(Path(adapter_or_run))
+    refuse_paddle_adapter(folder)
     if (folder / CONFIG_FILE).is_file():
         return _merge(folder, Path(output), base, max_shard_bytes)
     if not any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):

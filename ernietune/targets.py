@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from ernietune.errors import ConfigError, listed
@@ -52,6 +52,17 @@ class LoraSpec:
     def scale(self) -> float:
         """Factor of B(A(x)): alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
         return self.effective_alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def named_targets(paths: Collection[str], shapes: Shapes) -> tuple[str, ...]:
+    """Targets that mean exactly these layers: names of groups where all of a group is there, else paths."""
+    layers, left, names = adaptable(shapes), set(paths), []
+    for name, pattern in GROUPS.items():
+        group = {path for path in layers if re.fullmatch(pattern, path)}
+        if group and group <= left:
+            names.append(name)
+            left -= group
+    return (*names, *sorted(re.escape(path) for path in left))
 
 
 def adaptable(shapes: Shapes) -> list[str]:

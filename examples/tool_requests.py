@@ -4,8 +4,8 @@
 
 A record offers two of three tools and holds a request for one of them or for both, or one that needs no tool.
 The argument values stand in the request, in words the model knows from its pictures. No held-out request is
-trained on: a checksum of its words keeps every fourth one, wording and values together, for held-out records.
-A training picks its best checkpoint by `heldout`; `test`, drawn the same way, is for measuring what it picked.
+trained on: a checksum of its words keeps every fourth one, wording and values together, for held-out
+records. A training picks its best checkpoint by `heldout`; `test`, drawn the same way, is for measuring it.
 """
 
 from __future__ import annotations

@@ -32,6 +32,8 @@ __all__ = [
     "read_adapter",
     "read_adapter_config",
     "save_adapter",
+    "short_names",
+    "write_adapter",
 ]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -57,21 +59,25 @@ def save_adapter(
     `base` is the folder or hub id of the model they belong to. `weights`, by parameter path, stand for the
     model's own where it holds only a part of them. CheckpointError when the disk refuses.
     """
-    folder = Path(folder)
-    names = module_names(model.config)
     injected = list(adapters(model))
     assert injected, "save_adapter needs a model with adapters"
+    factors = {
+        (path, index): pair for path, layer in injected for pair, index in _host_factors(layer, path, weights)
+    }
+    write_adapter(folder, Adapter(injected[0][1].spec, base, factors), model.config)
+
+
+def write_adapter(folder: str | Path, adapter: Adapter, config: ModelConfig) -> None:
+    """Write adapter_config.json and adapter_model.safetensors; CheckpointError when the disk refuses."""
+    folder, names = Path(folder), module_names(config)
     tensors: dict[str, tuple[str, Any]] = {}
-    modules: list[str] = []
-    for path, layer in injected:
-        for (a, b), index in _host_factors(layer, path, weights):
-            module = names[path, index]
-            modules.append(module)
-            tensors[f"{_PREFIX}{module}.lora_A.weight"] = ("F32", a)
-            tensors[f"{_PREFIX}{module}.lora_B.weight"] = ("F32", b)
+    for key, (a, b) in adapter.factors.items():
+        tensors[f"{_PREFIX}{names[key]}.lora_A.weight"] = ("F32", a)
+        tensors[f"{_PREFIX}{names[key]}.lora_B.weight"] = ("F32", b)
     write_file(folder / WEIGHTS_FILE, tensors)
+    modules = [names[key] for key in adapter.factors]
     try:
-        write_json(folder / CONFIG_FILE, _config(injected[0][1].spec, base, modules, names))
+        write_json(folder / CONFIG_FILE, _config(adapter.spec, adapter.base, modules, names))
     except OSError as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} cannot be written ({error.strerror})") from error
 
@@ -153,7 +159,7 @@ def _config(spec: LoraSpec, base: str, modules: list[str], names: dict[Key, str]
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "use_rslora": spec.rslora,
         "lora_dropout": spec.dropout,
-        "target_modules": _short_names(modules, names.values()),
+        "target_modules": short_names(modules, names.values()),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -161,7 +167,7 @@ def _config(spec: LoraSpec, base: str, modules: list[str], names: dict[Key, str]
     }
 
 
-def _short_names(modules: list[str], everything: Iterable[str]) -> list[str]:
+def short_names(modules: list[str], everything: Iterable[str]) -> list[str]:
     """Return last name parts ("q_proj") when they mean exactly these modules to PEFT, else the full names."""
     short = {name.rpartition(".")[2] for name in modules}
     meant = {name for name in everything if name.rpartition(".")[2] in short}

@@ -10,13 +10,24 @@ from ernietune.models.fields import Fields
 from ernietune.targets import LoraSpec
 
 CONFIG_FILE = "adapter_config.json"
+PADDLE_CONFIG_FILE = "lora_config.json"  # of PaddleNLP, PaddleFormers and ERNIEKit
 # Options of PEFT that change the mathematics; we neither write nor read them.
 _PLAIN = {"bias": "none", "use_dora": False, "fan_in_fan_out": False, "modules_to_save": None}
 _EMPTY = ("rank_pattern", "alpha_pattern")
 
 
+def refuse_paddle_adapter(folder: Path) -> None:
+    """CheckpointError when `folder` holds an adapter in the layout of the Paddle libraries."""
+    if (folder / PADDLE_CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"{folder} holds an adapter in the layout of ERNIEKit and PaddleFormers ({PADDLE_CONFIG_FILE}); "
+            f"write it in ours first: ernietune adapter convert {folder} --output NEW_FOLDER"
+        )
+
+
 def read_adapter_config(folder: Path) -> tuple[LoraSpec, str]:
     """Return the spec and the base model of an adapter folder; CheckpointError names the file and key."""
+    refuse_paddle_adapter(folder)
     path = folder / CONFIG_FILE
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ernietune import hub
-from ernietune.checkpoint.adapter_config import CONFIG_FILE, read_adapter_config
+from ernietune.checkpoint.adapter_config import CONFIG_FILE, read_adapter_config, refuse_paddle_adapter
 from ernietune.checkpoint.state import checkpoint_in
 from ernietune.errors import CheckpointError
 
@@ -26,6 +26,7 @@ class Start:
         CheckpointError when there is none of these, or when the adapter's base is not there.
         """
         folder = checkpoint_in(hub.resolve(path))
+        refuse_paddle_adapter(folder)
         if not (folder / CONFIG_FILE).is_file():
             # A hub id stays one: the local copy of it is nobody else's path.
             return cls(folder, str(folder) if Path(path).exists() else path)
@@ -50,6 +51,7 @@ def adapter_at(path: str, base: Path) -> Path:
     A base that is no longer where the adapter says is not compared; the shapes still are when it is read.
     """
     folder = checkpoint_in(Path(path).expanduser())
+    refuse_paddle_adapter(folder)
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError(f"{path} holds no adapter ({CONFIG_FILE}); name a LoRA run or an adapter")
     trained_on = Path(base_of(folder)).expanduser()

@@ -8,6 +8,7 @@ from pathlib import Path
 from ernietune import config as configuration
 from ernietune import hub
 from ernietune.checkpoint.adapter import load_adapter, read_adapter_config
+from ernietune.checkpoint.adapter_config import refuse_paddle_adapter
 from ernietune.checkpoint.processor import Processor
 from ernietune.checkpoint.state import checkpoint_in
 from ernietune.config import Config
@@ -37,6 +38,7 @@ class Source:
         An adapter names its base; to put it on another one give that as `path` and the adapter as `adapter`.
         """
         weights = checkpoint_in(Path(path).expanduser().absolute())
+        refuse_paddle_adapter(weights)
         run = run_config(weights)
         if not (weights / _ADAPTER_FILE).is_file():
             folder = weights if weights.is_dir() else hub.resolve(str(path))
