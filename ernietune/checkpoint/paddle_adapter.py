@@ -28,7 +28,8 @@ from ernietune.models.config import ModelConfig
 from ernietune.models.fields import Fields
 from ernietune.targets import LoraSpec, named_targets
 
-WEIGHTS_FILE = "peft_model.safetensors"
+WEIGHTS_FILE = "peft_model-00001-of-00001.safetensors"
+INDEX_FILE = "peft_model.safetensors.index.json"  # without it their libraries start from fresh adapters
 PICKLED_FILE = "lora_model_state.pdparams"
 # Options under which the sum is another one, or the base another model.
 _REFUSED = ("pissa", "loraga", "use_mora", "lora_use_mixer", "do_qat", "trainable_bias", "trainable_modules")
@@ -115,7 +116,10 @@ def write_paddle_adapter(folder: str | Path, adapter: Adapter, config: ModelConf
     for key, (a, b) in adapter.factors.items():
         tensors[f"{names[key]}.lora_A"] = ("F32", np.ascontiguousarray(a.T))
         tensors[f"{names[key]}.lora_B"] = ("F32", np.ascontiguousarray(b.T))
-    write_file(folder / WEIGHTS_FILE, tensors)
+    write_file(folder / WEIGHTS_FILE, tensors, framework="np")
+    total = sum(array.nbytes for _, array in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict.fromkeys(tensors, WEIGHTS_FILE)}
+    write_json(folder / INDEX_FILE, index)
     modules = [names[key] for key in adapter.factors]
     short = short_names(modules, names.values())
     spec = adapter.spec
@@ -194,7 +198,7 @@ def _tensors(folder: Path) -> dict[str, Float]:
     """All factors of a folder in fp32; the pickled file is read where there is no other."""
     files = sorted(folder.glob("peft_model*.safetensors"))
     if not files and not (folder / PICKLED_FILE).is_file():
-        raise CheckpointError(f"{folder} has neither {WEIGHTS_FILE} nor {PICKLED_FILE}")
+        raise CheckpointError(f"{folder} has neither peft_model*.safetensors nor {PICKLED_FILE}")
     found = dict(_of_files(files)) if files else _unpickled(folder / PICKLED_FILE)
     others = [name for name in found if not re.fullmatch(r".+\.lora_[AB]", name)]
     if others:

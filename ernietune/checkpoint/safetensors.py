@@ -309,11 +309,11 @@ class _OutFile:
     Inside, tensors lie by falling item size, so that every one of them is aligned to its dtype.
     """
 
-    def __init__(self, path: Path, infos: Sequence[TensorInfo]) -> None:
+    def __init__(self, path: Path, infos: Sequence[TensorInfo], framework: str = "pt") -> None:
         self.path = path
         self.infos = infos
         self._part = path.with_name(f".{path.name}.part")
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, Any] = {"__metadata__": {"format": framework}}
         position = 0
         for info in sorted(infos, key=lambda item: -STORAGE[item.dtype].itemsize):
             offsets = [position, position + info.nbytes]
@@ -346,10 +346,14 @@ class _OutFile:
         self.path.unlink(missing_ok=True)
 
 
-def write_file(path: str | Path, tensors: Mapping[str, tuple[str, Array]]) -> None:
-    """Write name -> (dtype, stored array) as one file, replacing an older one only when all is written."""
+def write_file(path: str | Path, tensors: Mapping[str, tuple[str, Array]], framework: str = "pt") -> None:
+    """Write name -> (dtype, stored array) as one file, replacing an older one only when all is written.
+
+    `framework` is what the header says of whose tensors these are; some libraries read their own only.
+    """
     path = Path(path)
-    file = _OutFile(path, [TensorInfo(name, dtype, data.shape) for name, (dtype, data) in tensors.items()])
+    infos = [TensorInfo(name, dtype, data.shape) for name, (dtype, data) in tensors.items()]
+    file = _OutFile(path, infos, framework)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for name, (_, data) in tensors.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -123,7 +124,7 @@ def test_there_and_back_is_the_same(tmp_path: Path, base: Path, config: ModelCon
         tensors |= pair(f"model.layers.{number}.self_attn.o_proj", HEADS * SIZE, HIDDEN, number)
     convert(theirs(tmp_path / "theirs", base, tensors), tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "again", str(base))
-    reader = Reader(tmp_path / "again" / "peft_model.safetensors")
+    reader = Reader(tmp_path / "again" / "peft_model-00001-of-00001.safetensors")
     assert {info.name for info in reader.infos} == set(tensors)
     for name, array in tensors.items():
         np.testing.assert_array_equal(reader.float32(name), array)
@@ -190,29 +191,30 @@ def test_what_is_no_factor_of_the_model_is_refused(tmp_path: Path, base: Path, c
     with pytest.raises(CheckpointError, match=r"layers.9.self_attn.o_proj is no layer"):
         read_paddle_adapter(theirs(tmp_path / "c", base, strange), config)
     write_config(tmp_path / "d", base)
-    with pytest.raises(CheckpointError, match="has neither peft_model.safetensors nor"):
+    with pytest.raises(CheckpointError, match=r"has neither peft_model\*.safetensors nor"):
         read_paddle_adapter(tmp_path / "d", config)
 
 
 def test_their_own_library_reads_what_we_write(tmp_path: Path, base: Path, config: ModelConfig) -> None:
-    """paddlenlp's LoRA around plain Paddle layers of these names gives the sums of the adapter."""
+    """PaddleNLP's LoRAModel, around Paddle layers of these names, gives the sums of the adapter."""
     peft = pytest.importorskip("paddlenlp.peft", exc_type=ImportError)
     import paddle
 
-    name = "model.layers.0.self_attn.o_proj"
-    a, b = pair(name, HEADS * SIZE, HIDDEN).values()
+    name, width = "model.layers.0.self_attn.o_proj", HEADS * SIZE
+    a, b = pair(name, width, HIDDEN).values()
     written = Adapter(LoraSpec(RANK, ALPHA), str(base), {(name, None): (a.T, b.T)})
     (tmp_path / "out").mkdir()
     write_paddle_adapter(tmp_path / "out", written, config)
-    spec = peft.LoRAConfig.from_pretrained(str(tmp_path / "out"))
-    assert (spec.r, spec.lora_alpha, spec.scaling) == (RANK, ALPHA, ALPHA / RANK)
-    layer = peft.lora.lora_layers.LoRALinear(
-        HEADS * SIZE, HIDDEN, r=spec.r, lora_alpha=spec.lora_alpha, bias_attr=False
-    )
-    reader = Reader(tmp_path / "out" / "peft_model.safetensors")
-    layer.lora_A.set_value(reader.float32(f"{name}.lora_A"))
-    layer.lora_B.set_value(reader.float32(f"{name}.lora_B"))
-    layer.weight.set_value(paddle.zeros([HEADS * SIZE, HIDDEN]))
-    x = np.random.default_rng(0).standard_normal((5, HEADS * SIZE)).astype(np.float32)
-    found = layer(paddle.to_tensor(x)).numpy()
-    np.testing.assert_allclose(found, x @ delta(written, name), rtol=1e-4, atol=1e-4)
+    model = paddle.nn.Layer()
+    parent = model
+    for part in name.split(".")[:-1]:
+        parent.add_sublayer(part, paddle.nn.Layer())
+        parent = parent._sub_layers[part]
+    parent.add_sublayer("o_proj", paddle.nn.Linear(width, HIDDEN, bias_attr=False))
+    model.config = SimpleNamespace(tensor_parallel_degree=1)
+    adapted = peft.LoRAModel.from_pretrained(model, str(tmp_path / "out"))
+    adapted.eval()
+    layer = dict(adapted.named_sublayers())[f"model.{name}"]
+    x = np.random.default_rng(0).standard_normal((5, width)).astype(np.float32)
+    found = layer(paddle.to_tensor(x)).numpy() - x @ layer.weight.numpy()
+    np.testing.assert_allclose(found, x @ delta(written, name), rtol=1e-4, atol=1e-3)
