@@ -3,7 +3,8 @@
     python examples/tool_requests.py OUT_DIR    OUT_DIR/{train,heldout,test}.jsonl
 
 A record offers two of three tools and holds a request for one of them or for both, or one that needs no tool.
-The argument values stand in the request, in words the model knows from its pictures. No held-out request is
+The argument values stand in the request: colours and shapes, which are the words that the model can tell
+apart (its embeddings of "left" and "right" are nearly one vector). No held-out request is
 trained on: a checksum of its words keeps every fourth one, wording and values together, for held-out
 records. A training picks its best checkpoint by `heldout`; `test`, drawn the same way, is for measuring it.
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from shape_words import COLORS, PLACES, SHAPES, TEXT_PAIRS
+from shape_words import COLORS, SHAPES, TEXT_PAIRS
 from shapes import Rng, generate, pick, write
 
 HELD_OUT = 4  # one of so many requests
@@ -68,31 +69,31 @@ TOOLS = (
         ),
     ),
     Tool(
-        "put",
-        {"shape": tuple(SHAPES), "place": PLACES["en"]},
+        "paint",
+        {"old": tuple(COLORS), "new": tuple(COLORS)},
         (
-            "Put the {shape} in the {place}.",
-            "The {shape}: put it {place}.",
-            "In the {place} I want the {shape}.",
-            "Is the {shape} in the {place}? Put it there.",
-            "Move the {shape} to the {place}.",
-            "The {place} is where the {shape} goes.",
-            "Place: {place}. Object: {shape}. Put it there.",
-            "I want to see the {shape} in the {place}.",
+            "Make all that is {old} {new}.",
+            "Paint the {old} objects {new}.",
+            "What is {old} must be {new}.",
+            "I want {new} in the place of {old}.",
+            "From {old} to {new}, please.",
+            "{new} is the color I want for the {old} ones.",
+            "No {old} any more: {new}.",
+            "Old color: {old}. New color: {new}.",
         ),
     ),
     Tool(
-        "count",
-        {"color": tuple(COLORS), "place": PLACES["en"]},
+        "put",
+        {"shape": tuple(SHAPES), "beside": tuple(SHAPES)},
         (
-            "Count the {color} objects in the {place}.",
-            "How many are {color}, {place}? Count them.",
-            "In the {place}: how many {color} objects?",
-            "Count all that is {color} in the {place}.",
-            "What is {color} in the {place}? Count.",
-            "The {place}: is there anything {color}? Count it.",
-            "Give me the number of {color} objects, {place}.",
-            "Color: {color}. Place: {place}. How many?",
+            "Put the {shape} beside the {beside}.",
+            "The {shape}: put it beside the {beside}.",
+            "Beside the {beside} I want the {shape}.",
+            "Is the {shape} beside the {beside}? Put it there.",
+            "Move the {shape} to the {beside}.",
+            "The {beside} is where the {shape} goes.",
+            "Place: beside the {beside}. Object: {shape}.",
+            "I want to see the {shape} beside the {beside}.",
         ),
     ),
 )
@@ -128,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("folder", type=Path, metavar="OUT_DIR")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--count", type=int, default=5000, help="records to train on")
+    parser.add_argument("--count", type=int, default=3000, help="records to train on")
     args = parser.parse_args()
     for place, (name, count) in enumerate({"train": args.count, "heldout": 70, "test": 200}.items()):
         sample = partial(tool_record, held_out=name != "train")
