@@ -39,7 +39,7 @@ tiny: $(BASE) ## Make the demo model anew, from pictures to weights, in runs/tin
 	$(BIN)/ernietune train configs/tiny/pretrain_mixed.yaml
 	@echo "the model is the best checkpoint in runs/tiny/model/checkpoints (see run.json there)"
 
-screenshots: $(BASE) ## Photograph the preview and evaluation pages (docs/images); needs Chromium.
+screenshots: $(TEST) ## Photograph the preview and evaluation pages (docs/images); needs Chromium.
 	$(BIN)/python examples/screenshots.py
 
 test: $(TEST) ## Run the tests; needs no torch.
