@@ -4,9 +4,9 @@
 
 A record offers two of three tools and holds a request for one of them or for both, or one that needs no tool.
 The argument values stand in the request: colours and shapes, which are the words that the model can tell
-apart (its embeddings of "left" and "right" are nearly one vector). No held-out request is
-trained on: a checksum of its words keeps every fourth one, wording and values together, for held-out
-records. A training picks its best checkpoint by `heldout`; `test`, drawn the same way, is for measuring it.
+apart (its embeddings of "left" and "right" are nearly one vector). No held-out request is trained on: a
+checksum of its words keeps every fourth one, wording and values together, for held-out records. A training
+picks its best checkpoint by `heldout`; `test`, drawn the same way, is for measuring it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from shape_words import COLORS, SHAPES, TEXT_PAIRS
 from shapes import Rng, generate, pick, write
 
 HELD_OUT = 4  # one of so many requests
-OPENINGS = ("", "Now: ", "Please: ", "Well, then. ")
 Message = dict[str, Any]
 
 
@@ -46,7 +45,7 @@ class Tool:
         """A wording of the wanted part, and the arguments in it."""
         while True:
             arguments = {name: pick(rng, values) for name, values in self.values.items()}
-            text = pick(rng, OPENINGS) + pick(rng, self.requests).format(**arguments)
+            text = pick(rng, self.requests).format(**arguments)
             # Not by a count over wordings and values: with the rest of a request the held-out value would be
             # the one that training never shows, and the better a model learnt, the surer it would be wrong.
             if (zlib.crc32(text.encode()) % HELD_OUT == 0) is held_out:
@@ -62,10 +61,6 @@ TOOLS = (
             "I want a {color} {shape}.",
             "Draw the {shape}, in {color}.",
             "A {shape}, please. The color is {color}.",
-            "The {shape} is to be {color}.",
-            "In {color}, a {shape}.",
-            "Let me see a {color} {shape}.",
-            "Color: {color}. Shape: {shape}. Draw it.",
         ),
     ),
     Tool(
@@ -76,10 +71,6 @@ TOOLS = (
             "Paint the {old} objects {new}.",
             "What is {old} must be {new}.",
             "I want {new} in the place of {old}.",
-            "From {old} to {new}, please.",
-            "{new} is the color I want for the {old} ones.",
-            "No {old} any more: {new}.",
-            "Old color: {old}. New color: {new}.",
         ),
     ),
     Tool(
@@ -90,10 +81,6 @@ TOOLS = (
             "The {shape}: put it beside the {beside}.",
             "Beside the {beside} I want the {shape}.",
             "Is the {shape} beside the {beside}? Put it there.",
-            "Move the {shape} to the {beside}.",
-            "The {beside} is where the {shape} goes.",
-            "Place: beside the {beside}. Object: {shape}.",
-            "I want to see the {shape} beside the {beside}.",
         ),
     ),
 )
@@ -129,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("folder", type=Path, metavar="OUT_DIR")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--count", type=int, default=3000, help="records to train on")
+    parser.add_argument("--count", type=int, default=4000, help="records to train on")
     args = parser.parse_args()
     for place, (name, count) in enumerate({"train": args.count, "heldout": 70, "test": 200}.items()):
         sample = partial(tool_record, held_out=name != "train")
