@@ -52,10 +52,11 @@ class Tool:
                 return text, arguments
 
 
+VALUES = {"color": tuple(COLORS), "shape": tuple(SHAPES)}
 TOOLS = (
     Tool(
         "draw",
-        {"color": tuple(COLORS), "shape": tuple(SHAPES)},
+        VALUES,
         (
             "Draw a {color} {shape}.",
             "I want a {color} {shape}.",
@@ -64,23 +65,23 @@ TOOLS = (
         ),
     ),
     Tool(
-        "paint",
-        {"old": tuple(COLORS), "new": tuple(COLORS)},
+        "count",
+        VALUES,
         (
-            "Make all that is {old} {new}.",
-            "Paint the {old} objects {new}.",
-            "What is {old} must be {new}.",
-            "I want {new} in the place of {old}.",
+            "Count the {color} {shape} objects.",
+            "How many are {color}, of shape {shape}?",
+            "The {shape} objects: how many are {color}?",
+            "Count all that is {color} and a {shape}.",
         ),
     ),
     Tool(
-        "put",
-        {"shape": tuple(SHAPES), "beside": tuple(SHAPES)},
+        "remove",
+        VALUES,
         (
-            "Put the {shape} beside the {beside}.",
-            "The {shape}: put it beside the {beside}.",
-            "Beside the {beside} I want the {shape}.",
-            "Is the {shape} beside the {beside}? Put it there.",
+            "Remove the {color} {shape}.",
+            "There must be no {color} {shape}.",
+            "The {shape} that is {color}: remove it.",
+            "Is there a {shape}, a {color} one? Remove it.",
         ),
     ),
 )
@@ -116,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("folder", type=Path, metavar="OUT_DIR")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--count", type=int, default=4000, help="records to train on")
+    parser.add_argument("--count", type=int, default=5000, help="records to train on")
     args = parser.parse_args()
     for place, (name, count) in enumerate({"train": args.count, "heldout": 70, "test": 200}.items()):
         sample = partial(tool_record, held_out=name != "train")
