@@ -24,6 +24,8 @@ _EXPERTS = re.compile(r"model\.layers\.\d+\.mlp\.(text|vision)_experts\.(gate|up
 # Products whose outputs are split over the tensor group, and those that take such a split as input.
 _COLUMN = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkv]_proj|mlp\.(\w+\.)?(gate|up)_proj)\..*")
 _ROW = re.compile(r"model\.layers\.\d+\.(self_attn\.o_proj|mlp\.(\w+\.)?down_proj)\..*")
+# Norms see a slice of the rows, and what a router's choice is worth shows in a part of the products.
+_PARTIAL = re.compile(r"model\.(norm|layers\.\d+\.(\w+_layernorm|mlp\.\w+_experts\.router))\.weight")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Part:
             return cls(expert, None if kind == "lora_A" else -2, kind == "lora_A")
         if _ROW.fullmatch(path):
             return cls(expert, None if kind == "lora_B" else -1, kind == "lora_B")
-        return cls()
+        return cls(partial=bool(_PARTIAL.fullmatch(path)))
 
 
 @dataclass(frozen=True)
