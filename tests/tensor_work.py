@@ -38,6 +38,7 @@ CASES = {
     "norm": ("norm", False, ALL, 0.0),
     "norm+activation, offload": ("norm+activation", True, ALL, 0.0),
     "attention+norm": ("attention+norm", False, ALL, 0.0),
+    "untied": ("none", False, ALL, 0.0),
     "dropout": ("none", False, COLUMNS, 0.3),
     "dropout, layers": ("layers", False, COLUMNS, 0.3),
 }
@@ -82,26 +83,35 @@ def divided(team, whole, targets, dropout):
     return model
 
 
-def backward(model, inputs):
-    """One loss that every hidden state has a part in."""
+def label_losses(model, inputs):
+    """The loss of a random label of every token, worked out 7 tokens at a time."""
     paddle.seed(11)
-    hidden = model(inputs)
-    weights = np.random.default_rng(5).standard_normal(hidden.shape).astype(np.float32)
-    (hidden * paddle.to_tensor(weights)).mean().backward()
+    labels = np.random.default_rng(5).integers(0, model.config.vocab_size, inputs.ids.shape[0])
+    return model.cross_entropy(model(inputs), model.head_weight, paddle.to_tensor(labels), 7)
+
+
+def backward(model, inputs):
+    """Every token's loss has a weight of its own; the losses, and again without a gradient."""
+    losses = label_losses(model, inputs)
+    weights = np.random.default_rng(6).standard_normal(losses.shape).astype(np.float32)
+    (losses * paddle.to_tensor(weights)).mean().backward()
+    with paddle.no_grad():
+        again = label_losses(model, inputs)
+    return np.stack([losses.numpy(), again.numpy()])
 
 
 def difference(team, case):
     """The largest difference of a gradient from the whole model's, relative to that gradient; and whose."""
     mode, offload, targets, dropout = CASES[case]
-    whole, inputs = tiny.model("tiny-vl"), batch()
+    whole, inputs = tiny.model("tiny-vl", tie_word_embeddings=case != "untied"), batch()
     adapt(whole, targets, dropout)
-    backward(whole, inputs)
+    losses = backward(whole, inputs)
     expected = {path: p.grad for path, p in whole.named_parameters() if not p.stop_gradient}
     model = divided(team, whole, targets, dropout)
     trained = parallelism.apply(
         model, team, stage=0, base_sharded=False, recomputed=recompute_of(mode), offload=offload
     )
-    backward(model, inputs)
+    losses = np.abs(backward(model, inputs) - losses).max()
     reached = trained.collect()
     assert reached == {path for path, grad in expected.items() if grad is not None}
     worst = {}
@@ -110,7 +120,7 @@ def difference(team, case):
         found = trained.whole(path, trained.updated[path].grad)
         worst[path] = float(np.abs(found - wanted).max() / np.abs(wanted).max())
     path = max(worst, key=worst.get)
-    return {"difference": worst[path], "path": path, "parameters": len(worst)}
+    return {"difference": worst[path], "path": path, "parameters": len(worst), "losses": float(losses)}
 
 
 def kept(team, layers, mode):
@@ -139,6 +149,8 @@ def main():
     found = {case: difference(team, case) for case in CASES}
     modes = ("none", "layers", "attention", "norm")
     found["kept"] = {mode: [kept_by_a_layer(t, mode) for t in (None, team)] for mode in modes}
+    found["told"] = team.told(lambda: {"rank": team.world.index, "asked": 1.0})
+    assert found["told"] == {"rank": 0, "asked": 1.0}
     if team.is_main:
         Path(sys.argv[1]).write_text(json.dumps(found))
 

@@ -2,7 +2,7 @@
 
 The order matters: the experts' exchange, then the sums of tensor parallelism around it, then the gathering of
 a layer's slices, then recompute, which runs all of that again in the backward pass; last, around all layers,
-the cutting of the rows.
+the cutting of the rows, and what stands before and after them: words, and the losses of labels.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ernietune.parallel.experts import DividedExperts
 from ernietune.parallel.sequence import RowSlices
 from ernietune.parallel.team import Team
 from ernietune.parallel.trained import Trained
+from ernietune.parallel.vocabulary import divide_vocabulary
 
 __all__ = ["apply", "build", "same_start"]
 
@@ -82,6 +83,7 @@ def apply(
         first.forward = _asking_for_gradients(first.forward)
     if team.tensor.size > 1:
         rows.around_decoder(model.model)
+        divide_vocabulary(model, team.tensor)
     return Trained(model, team, stage, blocks)
 
 

@@ -62,7 +62,7 @@ def _recompute_parts(block: Any, parts: tuple[str, ...], saved: SavedTensors) ->
             norm.forward = saved.again(norm.forward)
         for layer in block.sublayers():
             if isinstance(layer, Gathering):  # what is kept of a norm's output is all rows of it
-                layer.forward = saved.again(layer.forward)
+                layer.gathered = saved.again(layer.gathered)
     if "activation" in parts:
         for layer in block.sublayers():
             if isinstance(layer, (SwiGLU, ExpertPool)):

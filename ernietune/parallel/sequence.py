@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from paddle import Tensor, nn
 
-from ernietune.models.decoder import Decoder, DecoderLayer
+from ernietune.models.decoder import DecoderLayer
 from ernietune.parallel.collectives import Group, all_rows, gathered_rows, own_rows, summed_rows
 
 Forward = Callable[..., Tensor]
@@ -24,7 +24,7 @@ class RowSlices:
     def __init__(self, group: Group) -> None:
         self.group, self.count = group, 0
 
-    def around_decoder(self, decoder: Decoder) -> None:
+    def around_decoder(self, decoder: nn.Layer) -> None:
         """Cut the rows on the way in, bring them together on the way out."""
         forward = decoder.forward
 
@@ -36,7 +36,8 @@ class RowSlices:
 
     def around_products(self, layer: DecoderLayer) -> None:
         """Attention and MLP work on all rows and on a part of their inner width."""
-        for number, module in enumerate((layer.self_attn, layer.mlp)):
+        modules: list[nn.Layer] = [layer.self_attn, layer.mlp]
+        for number, module in enumerate(modules):
             gathering = Gathering(self)
             layer.add_sublayer(f"gathering_{number}", gathering)
             module.forward = self._divided(gathering, module.forward)
@@ -50,7 +51,7 @@ class Gathering(nn.Layer):
 
     def __init__(self, slices: RowSlices) -> None:
         super().__init__()
-        self.slices = slices
+        self.gathered: Callable[[Tensor], Tensor] = lambda x: gathered_rows(x, slices.group, slices.count)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gathered_rows(x, self.slices.group, self.slices.count)
+        return self.gathered(x)
