@@ -22,6 +22,7 @@ from ernietune.errors import ConfigError
 
 _PATIENCE = 10.0  # seconds the others get to end by themselves, then again to end when asked
 _POLL = 0.1
+_INTERRUPTED = 130  # the exit code after Ctrl-C
 _BETWEEN = 2.0  # seconds in which the failure that caused another one shows
 
 
@@ -82,9 +83,7 @@ def run(processes: int, logs: Path, arguments: Sequence[str]) -> int:
         try:
             return _watch(workers, logs)
         except KeyboardInterrupt:
-            _end(workers)
-            print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-            return 130
+            return _interrupt(workers, logs)
 
 
 def log_of(logs: Path, rank: int) -> Path:
@@ -149,13 +148,29 @@ def _watch(workers: Sequence[subprocess.Popen[bytes]], logs: Path) -> int:
     failed = {rank: code for rank, code in codes.items() if code}
     # A process that was killed is the cause; those that ended by themselves may have missed it.
     rank, code = min(failed.items(), key=lambda found: (found[1] > 0, found[0]))
-    if code == 2:
-        _wait(workers, _PATIENCE)  # a user's mistake: every process finds it, and the first says it
-        if workers[0].poll() == 2:
-            return 2
+    if code in (2, _INTERRUPTED):
+        # A user's mistake, or an interrupt: it ends every process, and the first says why.
+        _wait(workers, _PATIENCE)
+        if workers[0].poll() == code:
+            _end(workers)
+            return code
     _end(workers)
     print(f"error: {_obituary(rank, code, workers[rank].pid, logs)}", file=sys.stderr)
     return code if code > 0 else 128 - code
+
+
+def _interrupt(workers: Sequence[subprocess.Popen[bytes]], logs: Path) -> int:
+    """Pass Ctrl-C on: all processes end their step, save and stop. Another one stops them at once."""
+    try:
+        print("interrupted: ending the step, then saving; Ctrl-C again stops at once", file=sys.stderr)
+        for worker in workers:
+            if worker.poll() is None:
+                worker.send_signal(signal.SIGINT)
+        return _watch(workers, logs)
+    except KeyboardInterrupt:
+        _end(workers)
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return _INTERRUPTED
 
 
 def _obituary(rank: int, code: int, pid: int, logs: Path) -> str:

@@ -42,6 +42,11 @@ def start(processes, cases, folder):
     folder.mkdir()
     job = folder / "cases.json"
     job.write_text(json.dumps(cases))
+    return start_script(processes, [__file__, str(job)], folder)
+
+
+def start_script(processes, script, folder):
+    """Start a script with its arguments that many times, as the launcher would."""
     shared = {
         "PYTHONPATH": os.pathsep.join(map(str, PLACES)),
         "OMP_NUM_THREADS": "1",
@@ -50,8 +55,8 @@ def start(processes, cases, folder):
     workers = []
     for rank, variables in enumerate(launch.variables(processes)):
         with (folder / f"rank-{rank}.log").open("w") as log:
-            command = [sys.executable, __file__, str(job)]
             environment = {**os.environ, **variables, **shared}
+            command = [sys.executable, *map(str, script)]
             workers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     return workers
 

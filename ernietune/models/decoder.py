@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import paddle
-from ernietune_kernels import AttentionPlan, causal_plan
+from ernietune_kernels import AttentionPlan, causal_plan, linear_cross_entropy
 from paddle import Tensor, nn
 
 from ernietune.models.attention import Attention, Cache
@@ -94,6 +95,8 @@ class CausalLM(nn.Layer):
         self.rotary = Rotary(
             config.head_dim, config.rope_theta, config.freq_allocation if config.vision else 0
         )
+        # (hidden [N, H], head_weight, labels [N], rows at a time) -> the labels' losses [N].
+        self.cross_entropy: Callable[[Tensor, Tensor, Tensor, int | None], Tensor] = linear_cross_entropy
 
     @property
     def head_weight(self) -> Tensor:

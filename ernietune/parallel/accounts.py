@@ -63,12 +63,13 @@ class StepTraffic:
     """The terms of the formulas: numbers that train, as one process holds them, and its tokens.
 
     `common` are summed over the data group, `experts` over the replicas; `tokens` are those of all
-    micro-batches of the process, `chosen` the experts a token goes to.
+    micro-batches of the process, `supervised` those with a label, `chosen` the experts a token goes to.
     """
 
     common: int = 0
     experts: int = 0
     tokens: float = 0
+    supervised: float = 0
     width: int = 0
     layers: int = 0
     moe_layers: int = 0
@@ -90,8 +91,18 @@ def exchange_bytes(step: StepTraffic, expert: int, passes: int = 4, size: int = 
 
 
 def tensor_bytes(step: StepTraffic, tensor: int, sums: int = 4, size: int = 4) -> float:
-    """Sent to sum activations: two sums a layer in the forward and two in the backward pass.
+    """Sent to gather rows and to sum them: two of either a layer in the forward and two in the backward pass.
 
-    Six with recompute, which runs the forward ones again.
+    Each pair is one of the `sums`, and has the bytes of an all-reduce; six with recompute, which runs the
+    forward ones again.
     """
     return sums * step.layers * 2 * (tensor - 1) / tensor * step.tokens * step.width * size
+
+
+def vocabulary_bytes(step: StepTraffic, tensor: int, size: int = 4) -> float:
+    """Sent where embedding and head are divided: words and last rows there, labelled rows' gradients back.
+
+    A label has three fp32 numbers more. A gradient that goes on to pictures comes on top.
+    """
+    words = 3 * (tensor - 1) / tensor * step.tokens * step.width * size
+    return words + 2 * (tensor - 1) / tensor * step.supervised * (step.width * size + 3 * 4)

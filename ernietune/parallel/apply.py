@@ -1,7 +1,8 @@
 """Parallelism put around a finished model, from the inside out.
 
 The order matters: the experts' exchange, then the sums of tensor parallelism around it, then the gathering of
-a layer's slices, then recompute, which runs all of that again in the backward pass.
+a layer's slices, then recompute, which runs all of that again in the backward pass; last, around all layers,
+the cutting of the rows, and what stands before and after them: words, and the losses of labels.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from paddle import Tensor, nn
 from ernietune.lora import adapters
 from ernietune.memory_modes import Recompute
 from ernietune.models.config import ModelConfig
-from ernietune.models.decoder import CausalLM, DecoderLayer
+from ernietune.models.decoder import CausalLM
 from ernietune.models.moe import MoE, Router
 from ernietune.parallel import recompute
 from ernietune.parallel.blocks import Block
-from ernietune.parallel.collectives import copied, summed
 from ernietune.parallel.experts import DividedExperts
+from ernietune.parallel.sequence import RowSlices
 from ernietune.parallel.team import Team
 from ernietune.parallel.trained import Trained
+from ernietune.parallel.vocabulary import divide_vocabulary
 
 __all__ = ["apply", "build", "same_start"]
 
@@ -64,12 +66,13 @@ def apply(
     offload: bool = False,
 ) -> Trained:
     """Put everything around `model`, adapters included; what trains, as this process holds it."""
+    rows = RowSlices(team.tensor)
     blocks = []
     for number, layer in enumerate(model.model.layers):
         if team.expert.size > 1 and isinstance(layer.mlp, MoE):
             _forward_by(layer.mlp, DividedExperts(layer.mlp, team).forward)
         if team.tensor.size > 1:
-            _divide_products(layer, team)
+            rows.around_products(layer)
         if stage == 3 or base_sharded:
             block = Block(f"model.layers.{number}", layer, team, trained=stage == 3, frozen=base_sharded)
             layer.forward = block.around(layer.forward)
@@ -78,22 +81,15 @@ def apply(
     if team.world.size > 1:
         first = model.model.layers[0]
         first.forward = _asking_for_gradients(first.forward)
+    if team.tensor.size > 1:
+        rows.around_decoder(model.model)
+        divide_vocabulary(model, team.tensor)
     return Trained(model, team, stage, blocks)
 
 
 def _forward_by(layer: nn.Layer, forward: Callable[..., Tensor]) -> None:
     """On the instance, so that parameter paths stay what they are."""
     layer.forward = forward
-
-
-def _divide_products(layer: DecoderLayer, team: Team) -> None:
-    """Attention and MLP work on a part of their inner width: sum their outputs, and inputs' gradients."""
-    for module in (layer.self_attn, layer.mlp):
-        _forward_by(module, _shared_product(module.forward, team))
-
-
-def _shared_product(forward: Callable[..., Tensor], team: Team) -> Callable[..., Tensor]:
-    return lambda x, *others: summed(forward(copied(x, team.tensor), *others), team.tensor)
 
 
 def _asking_for_gradients(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,8 @@ from paddle import Tensor
 from paddle.autograd import PyLayer
 from paddle.base import core
 from paddle.distributed import collective as paddle_groups
+
+RowCall = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -206,32 +208,56 @@ def exchanged(rows: Tensor, counts: list[list[int]], group: Group) -> Tensor:
     return _Exchange.apply(rows, counts, group)
 
 
-class _Copy(PyLayer):
+class _Rows(PyLayer):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return all_reduce(grad.clone(), ctx.group)
-
-
-def copied(x: Tensor, group: Group) -> Tensor:
-    """`x` itself, on the way into work that the group shares: its gradient is the sum of everybody's."""
-    return _Copy.apply(x, group)
-
-
-class _Sum(PyLayer):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return all_reduce(x.clone(), group)
+    def forward(ctx: Any, x: Tensor, there: RowCall, back: RowCall) -> Tensor:
+        ctx.back = back
+        return there(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.clone()
+        return ctx.back(grad)
 
 
-def summed(x: Tensor, group: Group) -> Tensor:
-    """The sum over the group of what each worked out; everybody's part has the whole gradient."""
-    return _Sum.apply(x, group)
+def _own(x: Tensor, group: Group) -> Tensor:
+    """Of [T, D] this process's ceil(T / size) rows, filled up with zeros."""
+    padded = _in_slices(x, group)
+    rows = padded.shape[0] // group.size
+    return padded[group.index * rows : (group.index + 1) * rows].clone()
+
+
+def _in_slices(x: Tensor, group: Group) -> Tensor:
+    missing = -x.shape[0] % group.size
+    return paddle.concat([x, paddle.zeros([missing, x.shape[1]], x.dtype)]) if missing else x
+
+
+def _all(x: Tensor, group: Group, count: int) -> Tensor:
+    whole = all_gather(x, group)
+    return whole if whole.shape[0] == count else whole[:count]
+
+
+def _sum_of_own(x: Tensor, group: Group) -> Tensor:
+    slices = _in_slices(x, group)
+    # gloo sums in place, and `x` may be somebody else's as well.
+    return reduce_scatter(x.clone() if slices is x else slices, group)
+
+
+def own_rows(x: Tensor, group: Group) -> Tensor:
+    """A slice of [T, D] that all have; everybody gets the gradient of all rows."""
+    return _Rows.apply(x, lambda rows: _own(rows, group), lambda grad: _all(grad, group, x.shape[0]))
+
+
+def all_rows(x: Tensor, group: Group, count: int) -> Tensor:
+    """The other way round: slices -> [count, D], on which all go on doing the same."""
+    return _Rows.apply(x, lambda rows: _all(rows, group, count), lambda grad: _own(grad, group))
+
+
+def gathered_rows(x: Tensor, group: Group, count: int) -> Tensor:
+    """Slices -> [count, D], on the way into work that the group shares: gradients are summed into slices."""
+    return _Rows.apply(x, lambda rows: _all(rows, group, count), lambda grad: _sum_of_own(grad, group))
+
+
+def summed_rows(x: Tensor, group: Group) -> Tensor:
+    """The sum over the group of what each worked out for all rows, cut into slices."""
+    count = x.shape[0]
+    return _Rows.apply(x, lambda rows: _sum_of_own(rows, group), lambda grad: _all(grad, group, count))

@@ -24,6 +24,9 @@ _EXPERTS = re.compile(r"model\.layers\.\d+\.mlp\.(text|vision)_experts\.(gate|up
 # Products whose outputs are split over the tensor group, and those that take such a split as input.
 _COLUMN = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkv]_proj|mlp\.(\w+\.)?(gate|up)_proj)\..*")
 _ROW = re.compile(r"model\.layers\.\d+\.(self_attn\.o_proj|mlp\.(\w+\.)?down_proj)\..*")
+_VOCABULARY = re.compile(r"(model\.embed_tokens|lm_head)\.weight")
+# Norms see a slice of the rows, and what a router's choice is worth shows in a part of the products.
+_PARTIAL = re.compile(r"model\.(norm|layers\.\d+\.(\w+_layernorm|mlp\.\w+_experts\.router))\.weight")
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,9 @@ class Part:
             return cls(expert, None if kind == "lora_A" else -2, kind == "lora_A")
         if _ROW.fullmatch(path):
             return cls(expert, None if kind == "lora_B" else -1, kind == "lora_B")
-        return cls()
+        if _VOCABULARY.fullmatch(path):
+            return cls(tensor=-2)
+        return cls(partial=bool(_PARTIAL.fullmatch(path)))
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ class Degrees:
         return data * self.tensor + tensor
 
     def local(self, config: ModelConfig) -> ModelConfig:
-        """The geometry of what one process holds: fewer experts, fewer heads, narrower MLPs."""
+        """The geometry of what one process holds: fewer experts, fewer heads and words, narrower MLPs."""
         pools = tuple(
             ExpertPoolConfig(pool.count // self.expert, pool.intermediate_size // self.tensor)
             for pool in config.pools
@@ -111,6 +116,7 @@ class Degrees:
             num_attention_heads=config.num_attention_heads // self.tensor,
             num_key_value_heads=config.num_key_value_heads // self.tensor,
             intermediate_size=config.intermediate_size // self.tensor,
+            vocab_size=config.vocab_size // self.tensor,
         )
 
     def local_shape(self, path: str, whole: Sequence[int]) -> list[int]:
@@ -137,6 +143,7 @@ class Degrees:
             ("tensor", self.tensor, "attention heads", config.num_attention_heads),
             ("tensor", self.tensor, "key/value heads", config.num_key_value_heads),
             ("tensor", self.tensor, "numbers of the MLP's inner width", config.intermediate_size),
+            ("tensor", self.tensor, "words of the vocabulary", config.vocab_size),
             *(
                 ("tensor", self.tensor, "numbers of an expert", pool.intermediate_size)
                 for pool in config.pools

@@ -15,6 +15,7 @@ from ernietune.models.decoder import CausalLM, DecoderLayer
 from ernietune.models.layers import SwiGLU
 from ernietune.models.moe import ExpertPool, MoE
 from ernietune.parallel.saved import SavedTensors
+from ernietune.parallel.sequence import Gathering
 
 Forward = Callable[..., Tensor]
 WHOLE = Recompute(1)
@@ -59,6 +60,9 @@ def _recompute_parts(block: Any, parts: tuple[str, ...], saved: SavedTensors) ->
         second = block.post_attention_layernorm if decoder else block.norm2
         for norm in (first, second):
             norm.forward = saved.again(norm.forward)
+        for layer in block.sublayers():
+            if isinstance(layer, Gathering):  # what is kept of a norm's output is all rows of it
+                layer.gathered = saved.again(layer.gathered)
     if "activation" in parts:
         for layer in block.sublayers():
             if isinstance(layer, (SwiGLU, ExpertPool)):

@@ -104,6 +104,12 @@ class Team:
         numbers = paddle.to_tensor(np.array([values[name] for name in names], dtype=np.float64))
         return dict(zip(names, collectives.broadcast(numbers, self.world).tolist(), strict=True))
 
+    def anybody(self, flag: bool) -> bool:
+        """Whether it is so in any process."""
+        if self.world.size == 1:
+            return flag
+        return bool(all_reduce(paddle.to_tensor([int(flag)]), self.world, largest=True).item())
+
     def wait(self) -> None:
         """Return when every process has come here."""
         collectives.wait_for_all(self.world)

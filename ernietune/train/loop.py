@@ -25,6 +25,7 @@ from ernietune.errors import CheckpointError, ErnietuneError, listed
 from ernietune.lora import adapters
 from ernietune.models.decoder import CausalLM
 from ernietune.parallel.team import Team
+from ernietune.train.interrupt import Interrupts
 from ernietune.train.log import RunLog, Silence, console
 from ernietune.train.optim import Optimizer, learning_rate
 from ernietune.train.router_losses import RouterLosses
@@ -67,9 +68,10 @@ class Run:
 def fit(run: Run) -> Progress:
     """Train from where `run.progress` stands to the last step; return where it ended.
 
-    An interrupt (Ctrl-C) saves the last complete step before it is passed on.
+    An interrupt (Ctrl-C) saves the last complete step before it is passed on; several processes first end the
+    step that they are in.
     """
-    with _log_of(run) as log:
+    with _log_of(run) as log, Interrupts(run.team) as interrupts:
         watch = GradientWatch(run.model)
         saved_step = run.progress.step
         try:
@@ -78,9 +80,9 @@ def fit(run: Run) -> Progress:
                 gained = _evaluate_if_due(run, log)
                 if gained or _save_is_due(run):
                     saved_step = save(run, best=gained)
+                interrupts.heed()
         except KeyboardInterrupt:
-            # Several processes are interrupted at different steps: there is none to save.
-            if run.progress.step > saved_step and run.team.world.size == 1:
+            if run.progress.step > saved_step:
                 console.print(f"interrupted: saved {save(run, best=False)} steps; the same command continues")
             raise
         if run.progress.step > saved_step:

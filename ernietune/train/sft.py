@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import paddle
-from ernietune_kernels import linear_cross_entropy
 from paddle import Tensor
 
 from ernietune.data.collate import Batch
@@ -84,4 +83,4 @@ def token_losses(model: CausalLM, hidden: Tensor, batch: Batch, loss_chunk: int 
         return hidden.reshape([-1])[:0].astype("float32")
     picked = paddle.gather(hidden, paddle.to_tensor(rows))
     labels = paddle.to_tensor(batch.labels[rows])
-    return linear_cross_entropy(picked, model.head_weight, labels, loss_chunk)
+    return model.cross_entropy(picked, model.head_weight, labels, loss_chunk)

@@ -14,13 +14,14 @@ from ernietune_kernels import fused
 CHUNK_ELEMENTS = 1 << 24
 
 
-def _chunk_rows(vocabulary: int, rows: int | None) -> int:
+def chunk_rows(vocabulary: int, rows: int | None) -> int:
+    """Rows whose logits exist at a time: `rows`, or as many as take 64 MiB."""
     return rows or max(16, CHUNK_ELEMENTS // vocabulary)
 
 
 def _softmax_chunk(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(negative log-likelihood [c], probabilities [c, V]) of one chunk, in fp32."""
-    logits = _logits(hidden, weight).astype("float32")
+    logits = head_logits(hidden, weight).astype("float32")
     peak = logits.max(-1, keepdim=True)
     picked = paddle.take_along_axis(logits, labels.unsqueeze(1), axis=1)
     exponentials = (logits - peak).exp_()
@@ -35,14 +36,15 @@ def _panels(weight: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, weight.shape[0], step)]
 
 
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """[c, D] -> [c, V], for a head of the same type or of another."""
     if weight.dtype == hidden.dtype:
         return paddle.matmul(hidden, weight, transpose_y=True)
     parts = (weight[rows].astype(hidden.dtype) for rows in _panels(weight))
     return paddle.concat([paddle.matmul(hidden, part, transpose_y=True) for part in parts], axis=1)
 
 
-def _hidden_gradient(logits: Tensor, weight: Tensor, dtype: Any) -> Tensor:
+def hidden_gradient(logits: Tensor, weight: Tensor, dtype: Any) -> Tensor:
     """d logits [c, V] times the head, in the type of the hidden states."""
     if weight.dtype == dtype:
         return paddle.matmul(logits.astype(dtype), weight)
@@ -72,7 +74,7 @@ class _LinearCrossEntropy(PyLayer):
             losses.append(nll)
             if not hidden.stop_gradient:
                 logits = _logit_gradient(probabilities, target)
-                gradients.append(_hidden_gradient(logits, weight, hidden.dtype))
+                gradients.append(hidden_gradient(logits, weight, hidden.dtype))
         ctx.rows = rows
         ctx.grad_hidden = paddle.concat(gradients) if gradients else None
         ctx.save_for_backward(hidden, weight, labels)
@@ -104,7 +106,7 @@ def linear_cross_entropy(
     may be bfloat16 where the products are fp32: 64 MiB of it are widened at a time. Labels must be valid
     ids: drop unlabelled rows before, they would be computed for nothing.
     """
-    chunk = _chunk_rows(weight_VD.shape[0], rows)
+    chunk = chunk_rows(weight_VD.shape[0], rows)
     if not hidden_ND.shape[0]:
         return paddle.zeros([0], "float32")
     if rows is None and fused.available_for_products(hidden_ND):

@@ -78,6 +78,11 @@ def test_a_model_that_cannot_be_divided_so(degrees, shape, message):
         degrees.check(tiny.config(shape))
 
 
+def test_a_vocabulary_that_cannot_be_divided():
+    with pytest.raises(ConfigError, match="parallel.tensor: 2 processes cannot share 2049 words"):
+        Degrees(tensor=2).check(tiny.config("tiny-dense", vocab_size=2049))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

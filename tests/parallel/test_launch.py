@@ -106,6 +106,50 @@ def test_a_killed_process_stops_the_run_which_goes_on_in_one(settings, tmp_path)
     assert f"resuming after step {step} of {step + 1}" in output
 
 
+def wait_for(condition, seconds=120):
+    """Until a file says so."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_an_interrupt_saves_the_step_that_all_have_ended(settings, tmp_path):
+    run = tmp_path / "run"
+    started = command(settings, "train.save_every=null")
+    log = run / "log.jsonl"
+    wait_for(lambda: log.is_file() and len(log.read_text().splitlines()) > 1)
+    assert not (run / "run.json").exists()
+    started.send_signal(signal.SIGINT)  # to the launcher alone, which passes it on
+    output, _ = started.communicate(timeout=120)
+    assert started.returncode == 130, output
+    step = max(small_run.log(run))
+    assert json.loads((run / "run.json").read_text())["last"] == f"step-{step:06d}"
+    assert f"interrupted: saved {step} steps; the same command continues" in output
+    assert "error" not in output
+    alone = command(settings, "parallel.data=1", "parallel.expert=1", f"train.steps={step + 1}")
+    output, _ = alone.communicate(timeout=120)
+    assert alone.returncode == 0, output
+    assert f"resuming after step {step} of {step + 1}" in output
+
+
+def test_an_interrupt_of_one_process_and_a_second_one_of_all(settings, tmp_path):
+    # A step of minutes: it does not end, and only the second Ctrl-C stops it.
+    started = command(settings, "train.accumulation=100000")
+    wait_for((tmp_path / "run" / "config.yaml").is_file)
+    time.sleep(0.5)
+    os.kill(child_of(started.pid, 1), signal.SIGINT)
+    time.sleep(0.5)
+    assert started.poll() is None
+    started.send_signal(signal.SIGINT)
+    assert "Ctrl-C again stops at once" in next(line for line in started.stdout if "Ctrl-C" in line)
+    assert started.poll() is None
+    started.send_signal(signal.SIGINT)
+    output, _ = started.communicate(timeout=60)
+    assert started.returncode == 130, output
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
 def test_a_mistake_is_said_once_and_keeps_its_exit_code(settings):
     wrong = command(settings, "data.max_length=9")
     output, _ = wrong.communicate(timeout=120)
