@@ -8,7 +8,7 @@
 #include <math.h>
 #include <stdlib.h>
 
-#include "exponential.h"
+#include "numeric.h"
 #include "linear.h"
 #include "panel.h"
 
@@ -160,15 +160,9 @@ static void differentiate(float *scores, float *slopes, int64_t count, const flo
 
 /* Sums of output times gradient by query, which are those of weights times their gradients. */
 static void inner_products(const Attention *a, const Block *block, float *inner) {
-    for (int64_t i = 0; i < block->count; i++) {
-        const float *x = at(&a->output, block->stretch->row + i, block->head);
-        const float *y = at(&a->gradient, block->stretch->row + i, block->head);
-        V total = spread(0);
-        int64_t d = 0;
-        for (; d + LANES <= a->width; d += LANES) total += load(x + d) * load(y + d);
-        inner[i] = sum(total);
-        for (; d < a->width; d++) inner[i] += x[d] * y[d];
-    }
+    for (int64_t i = 0; i < block->count; i++)
+        inner[i] = inner_product(at(&a->output, block->stretch->row + i, block->head),
+                                 at(&a->gradient, block->stretch->row + i, block->head), a->width);
 }
 
 /* grad_q of one block, and what it adds to the gradients of the keys and values it sees. */

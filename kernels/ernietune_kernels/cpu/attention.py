@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p
+from ctypes import Structure, byref, c_float, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 
@@ -160,9 +160,6 @@ def _checked() -> Library | None:
     library = kernels()
     if library is None:
         return None
-    library.c.ernie_attention.argtypes = [POINTER(_Attention)]
-    library.c.ernie_attention.restype = None
-    library.c.ernie_attention_back.argtypes = [POINTER(_Attention)]
     return library if is_right("attention", _results(library)) else None
 
 

@@ -21,7 +21,10 @@ def is_right(kernel: str, results: Results) -> bool:
         error = np.abs(found.numpy() - wanted).max() / np.abs(wanted).max()
         if not error <= _TOLERANCE:
             _log.warning(
-                "the C kernel for %s is not used, which is slower: %s has an error of %.1e", kernel, name, error
+                "the C kernel for %s is not used, which is slower: %s has an error of %.1e",
+                kernel,
+                name,
+                error,
             )
             return False
     return True

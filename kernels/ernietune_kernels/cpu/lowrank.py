@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p
+from ctypes import Structure, byref, c_float, c_int64, c_void_p
 from functools import cache
 
 import numpy as np
@@ -28,7 +28,9 @@ class _LowRank(Structure):
     ]
 
 
-def add(library: Library, x: Tensor, a: Tensor, b: Tensor, scale: float, counts: Sequence[int], y: Tensor) -> Tensor:
+def add(
+    library: Library, x: Tensor, a: Tensor, b: Tensor, scale: float, counts: Sequence[int], y: Tensor
+) -> Tensor:
     """y [N, O] += s (x A^T) B^T in place; returns s x A^T [N, r].
 
     A [E, r, I], B [E, O, r] for rows sorted by expert, or A [r, I], B [O, r] with one count, of all rows.
@@ -100,8 +102,6 @@ def _checked() -> Library | None:
     library = kernels()
     if library is None:
         return None
-    library.c.ernie_low_rank.argtypes = [POINTER(_LowRank)]
-    library.c.ernie_low_rank_back.argtypes = [POINTER(_LowRank)]
     return library if is_right("low-rank products", _results(library)) else None
 
 

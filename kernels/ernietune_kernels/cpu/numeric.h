@@ -1,4 +1,4 @@
-/* Powers of vectors, to about 1e-7 relative. */
+/* What the element-wise kernels share; powers are right to about 1e-7 relative. */
 #pragma once
 #include "vector.h"
 
@@ -47,4 +47,31 @@ INLINE V sigmoid(V x) {
     I32V negative = x < 0.0f;
     V top = (V)(((I32V)small & negative) | ((I32V)one & ~negative));
     return top / (one + small);
+}
+
+INLINE float inner_product(const float *a, const float *b, int64_t width) {
+    V total = spread(0);
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) total += load(a + i) * load(b + i);
+    float result = sum(total);
+    for (; i < width; i++) result += a[i] * b[i];
+    return result;
+}
+
+/* The vector whose first `count` numbers, at most LANES, are given; the others are zero. */
+INLINE V load_some(const float *p, int64_t count) {
+    if (count >= LANES) return load(p);
+    float numbers[LANES] = {0};
+    for (int64_t i = 0; i < count; i++) numbers[i] = p[i];
+    return load(numbers);
+}
+
+INLINE void store_some(float *p, V v, int64_t count) {
+    if (count >= LANES) {
+        store(p, v);
+        return;
+    }
+    float numbers[LANES];
+    store(numbers, v);
+    for (int64_t i = 0; i < count; i++) p[i] = numbers[i];
 }
