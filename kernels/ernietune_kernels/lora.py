@@ -2,7 +2,7 @@
 
 Paddle's own graph for this makes a second y-sized product, an addition over it and, for experts, the row
 blocks of x twice. Here the low-rank product is added in place and the blocks are cut once; on a CPU in fp32
-the low-rank half is C (`cpu/lowrank.c`), because thin matrices are what a BLAS is slow at. W takes no gradient.
+the low-rank half is C (`cpu/lowrank.c`): thin matrices are what a BLAS is slow at. W takes no gradient.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The C of a training step beside attention: low-rank products, norm, activation, rotation, products of experts."""
+"""The C of a training step beside attention: low-rank products, norm, activation, rotation, experts."""
 
 from __future__ import annotations
 

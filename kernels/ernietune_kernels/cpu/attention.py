@@ -96,7 +96,7 @@ def _stretch(first: Indices, until: Indices, start: int, low: int, high: int, of
 def forward(
     library: Library, q_THd: Tensor, k: Tensor, v: Tensor, sight: Sight, *, keep: bool, by_head: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """(output [T, H, d], with `keep` log-sums [H, T] for `backward`); keys [S, K, d], or [K, S, d] by head."""
+    """(output [T, H, d], with `keep` log-sums [H, T]); keys are [S, K, d], or [K, S, d] by head."""
     q, k, v = q_THd.contiguous(), k.contiguous(), v.contiguous()
     output = paddle.empty(q.shape, "float32")
     log_sums = paddle.empty([q.shape[1], q.shape[0]], "float32") if keep else None

@@ -1,4 +1,4 @@
-"""fp32 products of the BLAS inside the Paddle wheel, written where they belong instead of being joined later."""
+"""fp32 products of the BLAS inside the Paddle wheel, each written where it belongs."""
 
 from __future__ import annotations
 

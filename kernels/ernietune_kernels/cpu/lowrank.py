@@ -53,7 +53,7 @@ def gradients(
     gradient: Tensor,
     grad_x: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of A and B, from (x, A, B, what `add` returned); those of x are added to `grad_x` in place."""
+    """Gradients of A and B, from (x, A, B, what `add` returned); that of x is added to `grad_x`."""
     x, a, b, narrow = (tensor.contiguous() for tensor in saved)
     gradient = gradient.contiguous()
     assert grad_x is None or grad_x.is_contiguous(), "what is added to has to be one block"
