@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 
 from ernietune.estimate.setup import Setup
 
-QUERY_BLOCK = 128  # of the attention on a CPU
-
 
 @dataclass(frozen=True)
 class Half:
@@ -75,14 +73,13 @@ def _attention(setup: Setup, path: str) -> Half:
     g, c, t = setup.geometry, setup.number, float(setup.tokens)
     width, queries, keys = t * g.hidden_size * c, t * g.query_width * c, t * g.key_value_width * c
     inside = 2 * queries + 2 * keys + _low_rank(setup, path, "q_proj k_proj v_proj", t, g.hidden_size)
-    inside += _low_rank(setup, path, "o_proj", t, g.query_width) + 4 * t
+    inside += _low_rank(setup, path, "o_proj", t, g.query_width) + 4 * t + 4 * t * g.num_attention_heads
+    forward = queries + width
     if setup.gpu:
-        inside += queries + keys + 4 * t * g.num_attention_heads  # before the rotation; log-sums
-        forward, backward = queries + width, 4 * queries + 2 * keys + 2 * width
+        inside += queries + keys  # before the rotation
+        backward = 4 * queries + 2 * keys + 2 * width
     else:
-        scores = 4.0 * g.num_attention_heads * min(QUERY_BLOCK, t) * t
-        forward = 3 * queries + 2 * keys + 2 * scores
-        backward = max(5 * queries + 4 * keys + width + 3 * scores, 2 * keys + queries + 5 * width)
+        backward = max(3 * queries + 2 * keys + width, 2 * keys + queries + 5 * width)
     return Half(width, width, inside, 0.0, forward, backward)
 
 
@@ -142,7 +139,8 @@ def vision_block(setup: Setup, index: int) -> Block:
     width, inner = p * v.embed_dim * c, p * v.intermediate_size * c
     path = f"vision_model.blocks.{index}."
     low_rank = _low_rank(setup, path, "attn.qkv attn.proj", p, v.embed_dim)
-    scores = float(v.num_heads) * p * setup.picture_patches
+    # In C on a CPU, which keeps none of the weights.
+    scores = float(v.num_heads) * p * setup.picture_patches if setup.gpu else 0.0
     piece = 2 * min(64 * 2**20, 4 * scores)
     # q and k before and in the rotation in fp32, the three as they are multiplied, the output; the weights.
     inside = 4 * 4 * p * v.embed_dim + 4 * width + (4 if c == 4 else 6) * scores + low_rank

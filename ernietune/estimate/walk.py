@@ -101,8 +101,8 @@ def static_parts(setup: Setup) -> dict[str, float]:
 
 
 def masks(setup: Setup) -> float:
-    """Who sees whom, once for all layers: on a CPU a number for every query and each earlier key."""
-    return 8.0 * setup.tokens if setup.gpu else 4.0 * setup.tokens**2 / 2
+    """Who sees whom, once for all layers."""
+    return 8.0 * setup.tokens
 
 
 def _communication(setup: Setup) -> float:

@@ -1,9 +1,9 @@
 """Grouped-query attention over packed documents, in blocks of queries.
 
 A key j is visible to the query i when j <= i < until[j] (both counted over all keys), which covers packed
-samples (until = the sample's end) and shared-prompt pairs alike. On a GPU this is FlashMask; on a CPU each
-block of queries meets only the keys between the first one it may see and its own last row, and only q, k, v
-and the output are kept for the backward pass.
+samples (until = the sample's end) and shared-prompt pairs alike. On a GPU this is FlashMask, on a CPU in fp32
+the C of `cpu/attention.c`. The plain path, for all others: each block of queries meets only the keys between
+the first one it may see and its own last row, and only q, k, v and the output are kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor
 from paddle.autograd import PyLayer
+
+from ernietune_kernels.cpu import attention as compiled
+from ernietune_kernels.cpu.attention import Sight
+from ernietune_kernels.cpu.library import Library
 
 QUERY_BLOCK = 128
 # Scores of one piece of frame attention: 2^24 fp32 values are 64 MiB.
@@ -49,6 +53,13 @@ class AttentionPlan:
         offset = self.keys - self.queries
         starts = range(0, self.queries, QUERY_BLOCK)
         return tuple(_block(s, min(s + QUERY_BLOCK, self.queries), offset, until) for s in starts)
+
+    @cached_property
+    def sight(self) -> Sight:
+        """The same for the C kernel."""
+        first = np.arange(self.keys)
+        until = np.full(self.keys, self.keys) if self.until is None else self.until.numpy().astype(np.int64)
+        return Sight.of(first, until, self.queries)
 
     @cached_property
     def flash_mask(self) -> Tensor | None:
@@ -110,6 +121,13 @@ def _ungrouped(pieces: list[Tensor], groups: int, repeat: int) -> Tensor:
 
 def cached_attention(q_THd: Tensor, k_KSd: Tensor, v_KSd: Tensor, plan: AttentionPlan) -> Tensor:
     """`attention` [T, H, d] without gradients over keys and values that are stored by head."""
+    library = compiled.library_for(q_THd, k_KSd, v_KSd)
+    if library is not None:
+        return compiled.forward(library, q_THd, k_KSd, v_KSd, plan.sight, keep=False, by_head=True)[0]
+    return _plain_attention(q_THd, k_KSd, v_KSd, plan)
+
+
+def _plain_attention(q_THd: Tensor, k_KSd: Tensor, v_KSd: Tensor, plan: AttentionPlan) -> Tensor:
     groups, repeat = k_KSd.shape[0], q_THd.shape[1] // k_KSd.shape[0]
     queries, keys, values = _grouped(q_THd * q_THd.shape[-1] ** -0.5, groups), k_KSd, v_KSd
     pieces = []
@@ -139,7 +157,7 @@ class _BlockAttention(PyLayer):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-        output = cached_attention(q, _heads_first(k), _heads_first(v), plan)
+        output = _plain_attention(q, _heads_first(k), _heads_first(v), plan)
         ctx.plan = plan
         ctx.save_for_backward(q, k, v, output)
         return output
@@ -169,6 +187,33 @@ class _BlockAttention(PyLayer):
         return tuple(None if x.stop_gradient else g for x, g in zip((q, k, v), back, strict=True))
 
 
+class _CompiledAttention(PyLayer):
+    """The same in C, which keeps a log-sum of every query's weights as well."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sight: Sight, library: Library) -> Tensor:
+        output, log_sums = compiled.forward(library, q, k, v, sight, keep=True)
+        ctx.sight, ctx.library = sight, library
+        ctx.save_for_backward(q, k, v, output, log_sums)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        saved = ctx.saved_tensor()
+        back = compiled.backward(ctx.library, saved, grad, ctx.sight)
+        return tuple(None if x.stop_gradient else g for x, g in zip(saved[:3], back, strict=True))
+
+
+def _compiled(library: Library, q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
+    if _needs_gradient(q, k, v):
+        return _CompiledAttention.apply(q, k, v, sight, library)
+    return compiled.forward(library, q, k, v, sight, keep=False)[0]
+
+
+def _needs_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return paddle.is_grad_enabled() and not (q.stop_gradient and k.stop_gradient and v.stop_gradient)
+
+
 def _flash_mask(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     rows = plan.flash_mask
     output = F.flashmask_attention(
@@ -181,16 +226,23 @@ def attention(q_THd: Tensor, k_SKd: Tensor, v_SKd: Tensor, plan: AttentionPlan) 
     """Causal attention [T, H, d] of T queries over S keys with the visibility of `plan`; softmax in fp32."""
     if q_THd.place.is_gpu_place() and plan.queries == plan.keys:
         return _flash_mask(q_THd, k_SKd, v_SKd, plan)
-    if not paddle.is_grad_enabled() or (q_THd.stop_gradient and k_SKd.stop_gradient and v_SKd.stop_gradient):
-        return cached_attention(q_THd, _heads_first(k_SKd), _heads_first(v_SKd), plan)
+    library = compiled.library_for(q_THd, k_SKd, v_SKd)
+    if library is not None:
+        return _compiled(library, q_THd, k_SKd, v_SKd, plan.sight)
+    if not _needs_gradient(q_THd, k_SKd, v_SKd):
+        return _plain_attention(q_THd, _heads_first(k_SKd), _heads_first(v_SKd), plan)
     return _BlockAttention.apply(q_THd, k_SKd, v_SKd, plan)
 
 
 def frame_attention(q_PHd: Tensor, k_PHd: Tensor, v_PHd: Tensor, lengths: list[int]) -> Tensor:
     """Bidirectional attention inside each frame; `lengths` are the frames' patch counts, in order.
 
-    Neighbouring frames of equal length are computed together, at most 64 MiB of scores at a time.
+    On the plain path neighbouring frames of equal length are computed together, at most 64 MiB of scores at a
+    time.
     """
+    library = compiled.library_for(q_PHd, k_PHd, v_PHd)
+    if library is not None:
+        return _compiled(library, q_PHd, k_PHd, v_PHd, _frame_sight(tuple(lengths)))
     pieces, start = [], 0
     for frames, length in _runs(lengths):
         stop = start + frames * length
@@ -198,6 +250,13 @@ def frame_attention(q_PHd: Tensor, k_PHd: Tensor, v_PHd: Tensor, lengths: list[i
         pieces.append(_join_frames(_dense(q * q.shape[-1] ** -0.5, k, v), frames))
         start = stop
     return paddle.concat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+@lru_cache(maxsize=8)
+def _frame_sight(lengths: tuple[int, ...]) -> Sight:
+    ends = np.cumsum(lengths)
+    until = np.repeat(ends, lengths)
+    return Sight.of(until - np.repeat(lengths, lengths), until, len(until))
 
 
 def _runs(lengths: list[int]) -> list[tuple[int, int]]:

@@ -11,6 +11,8 @@ from paddle import Tensor
 from paddle.autograd import PyLayer
 from paddle.utils import dlpack
 
+from ernietune_kernels.cpu import blas
+
 
 def expert_views(stack: Tensor) -> list[Tensor]:
     """One tensor per expert that shares the stack's memory.
@@ -41,6 +43,22 @@ def blocks(counts: list[int]) -> Iterator[tuple[int, int, int]]:
         start += count
 
 
+def expert_products(
+    x: Tensor, weight: Tensor, counts: list[int], views: list[Tensor], forward: bool
+) -> Tensor:
+    """Rows sorted by expert times the matrices of a stack transposed, or as they are for the way back.
+
+    No autograd. With one expert the weight may be its matrix alone.
+    """
+    if len(counts) == 1:
+        return paddle.matmul(x, views[0], transpose_y=forward)
+    written = blas.grouped_product(x, weight, counts, forward)
+    if written is not None:
+        return written
+    pieces = [paddle.matmul(rows, views[e], transpose_y=forward) for e, rows in row_blocks(x, counts).items()]
+    return paddle.concat(pieces) if pieces else paddle.zeros([0, weight.shape[1 if forward else 2]], x.dtype)
+
+
 class _GroupedLinear(PyLayer):
     """One node for all experts: Paddle's own graph would scatter a full weight gradient per expert."""
 
@@ -48,21 +66,17 @@ class _GroupedLinear(PyLayer):
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int], views: list[Tensor]) -> Tensor:
         ctx.counts, ctx.views = counts, views
         ctx.save_for_backward(x, weight)
-        products = [
-            paddle.matmul(rows, views[e], transpose_y=True) for e, rows in row_blocks(x, counts).items()
-        ]
-        return paddle.concat(products) if products else paddle.zeros([0, weight.shape[1]], x.dtype)
+        return expert_products(x, weight, counts, views, forward=True)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensor()
-        cut = row_blocks(grad, ctx.counts)
         grad_x = None
         if not x.stop_gradient:
-            pieces = [paddle.matmul(rows, ctx.views[e]) for e, rows in cut.items()]
-            grad_x = paddle.concat(pieces) if pieces else paddle.zeros_like(x)
+            grad_x = expert_products(grad, weight, ctx.counts, ctx.views, forward=False)
         grad_w = None
         if not weight.stop_gradient:
+            cut = row_blocks(grad, ctx.counts)
             inputs = row_blocks(x, ctx.counts)
             per_expert = {e: paddle.matmul(cut[e], rows, transpose_x=True) for e, rows in inputs.items()}
             empty = paddle.zeros(weight.shape[1:], weight.dtype)

@@ -1,8 +1,8 @@
 """A frozen linear layer with its low-rank product beside it, as one node: y = x W^T + s (x A^T) B^T.
 
 Paddle's own graph for this makes a second y-sized product, an addition over it and, for experts, the row
-blocks of x twice. Here the low-rank product is added in place and the blocks are cut once. W takes no
-gradient.
+blocks of x twice. Here the low-rank product is added in place and the blocks are cut once; on a CPU in fp32
+the low-rank half is C (`cpu/lowrank.c`): thin matrices are what a BLAS is slow at. W takes no gradient.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
-from ernietune_kernels.grouped_gemm import expert_views, row_blocks
+from ernietune_kernels.cpu import lowrank
+from ernietune_kernels.cpu.library import Library
+from ernietune_kernels.grouped_gemm import expert_products, expert_views, row_blocks
 
 
 def _forward(x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -92,10 +94,45 @@ def _stacked(per_expert: dict[int, Tensor], stack: Tensor) -> Tensor:
     return paddle.stack([per_expert.get(e, empty) for e in range(stack.shape[0])])
 
 
+class _CompiledLoRA(PyLayer):
+    """Both of the above with the low-rank half in C; a linear layer is one expert that has all rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        counts: list[int],
+        views: list[Tensor],
+        library: Library,
+    ) -> Tensor:
+        y = expert_products(x, w, counts, views, forward=True)
+        narrow = lowrank.add(library, x, a, b, scale, counts, y)
+        ctx.scale, ctx.counts, ctx.views, ctx.library = scale, counts, views, library
+        ctx.save_for_backward(x, w, a, b, narrow)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
+        x, w, a, b, narrow = ctx.saved_tensor()
+        grad_x = None if x.stop_gradient else expert_products(grad, w, ctx.counts, ctx.views, forward=False)
+        saved = (x, a, b, narrow)
+        grad_a, grad_b = lowrank.gradients(ctx.library, saved, ctx.scale, ctx.counts, grad, grad_x)
+        return grad_x, None, None if a.stop_gradient else grad_a, None if b.stop_gradient else grad_b
+
+
 def lora_linear(x: Tensor, w_OI: Tensor, a_rI: Tensor, b_Or: Tensor, scale: float) -> Tensor:
     """x W^T + scale (x A^T) B^T for x [.., I]; W is frozen, all in x's dtype."""
     rows = x.reshape([-1, x.shape[-1]])
-    return _LoRALinear.apply(rows, w_OI, a_rI, b_Or, scale).reshape([*x.shape[:-1], w_OI.shape[0]])
+    library = lowrank.library_for(rows, a_rI, b_Or)
+    if library is None:
+        y = _LoRALinear.apply(rows, w_OI, a_rI, b_Or, scale)
+    else:
+        y = _CompiledLoRA.apply(rows, w_OI, a_rI, b_Or, scale, [rows.shape[0]], [w_OI], library)
+    return y.reshape([*x.shape[:-1], w_OI.shape[0]])
 
 
 def grouped_lora_linear(
@@ -108,4 +145,7 @@ def grouped_lora_linear(
     views: list[Tensor] | None = None,
 ) -> Tensor:
     """The same for rows sorted by expert, counts[e] of them for expert e; `views` as in `grouped_linear`."""
-    return _GroupedLoRALinear.apply(x_NI, w_EOI, a_ErI, b_EOr, scale, counts, views or expert_views(w_EOI))
+    views, library = views or expert_views(w_EOI), lowrank.library_for(x_NI, a_ErI, b_EOr)
+    if library is None:
+        return _GroupedLoRALinear.apply(x_NI, w_EOI, a_ErI, b_EOr, scale, counts, views)
+    return _CompiledLoRA.apply(x_NI, w_EOI, a_ErI, b_EOr, scale, counts, views, library)

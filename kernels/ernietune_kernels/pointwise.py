@@ -1,4 +1,4 @@
-"""Norm, activations and rotary embedding."""
+"""Norm, activations and rotary embedding: Triton on a GPU, C on a CPU in fp32, else plain Paddle."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from paddle import Tensor
 from paddle.autograd import PyLayer
 
 from ernietune_kernels import fused
+from ernietune_kernels.cpu import pointwise as compiled
+from ernietune_kernels.cpu.library import Library
 
 
 class _RMSNorm(PyLayer):
@@ -38,16 +40,48 @@ class _RMSNorm(PyLayer):
         return grad_x, grad_w
 
 
+class _CompiledRMSNorm(PyLayer):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, library: Library) -> Tensor:
+        y, inverse = compiled.rms_norm(library, x, weight, eps)
+        ctx.library = library
+        ctx.save_for_backward(x, weight, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        x, weight, inverse = ctx.saved_tensor()
+        return compiled.rms_norm_back(ctx.library, x, weight, inverse, grad), None
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) in fp32, cast to the weight's dtype, times the weight."""
     if fused.available(x):
         return fused.rms_norm(x, weight, eps)
+    library = compiled.library_for(x, weight)
+    if library is not None and weight.stop_gradient:
+        return _CompiledRMSNorm.apply(x, weight, eps, library)
     return _RMSNorm.apply(x, weight, eps)
 
 
+class _CompiledSwiglu(PyLayer):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, library: Library) -> Tensor:
+        ctx.library = library
+        ctx.save_for_backward(gate, up)
+        return compiled.swiglu(library, gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensor()
+        back = compiled.swiglu_back(ctx.library, *saved, grad)
+        return tuple(None if x.stop_gradient else g for x, g in zip(saved, back, strict=True))
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, by Paddle's fused kernel (fp32 on a CPU, any float on a GPU)."""
-    return F.swiglu(gate, up)
+    """silu(gate) * up, in one pass: by ours on a CPU in fp32, by Paddle's fused kernel on a GPU."""
+    library = compiled.library_for(gate, up)
+    return F.swiglu(gate, up) if library is None else _CompiledSwiglu.apply(gate, up, library)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -55,7 +89,14 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * F.sigmoid(1.702 * x)
 
 
-def _rotate(x_THd: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+def _rotate(x_THd: Tensor, cos_TF: Tensor, sin_TF: Tensor, back: bool = False) -> Tensor:
+    library = compiled.library_for(x_THd, cos_TF, sin_TF)
+    if library is not None:
+        return compiled.rotated(library, x_THd, cos_TF, sin_TF, back)
+    return _plain_rotate(x_THd, cos_TF, -sin_TF if back else sin_TF)
+
+
+def _plain_rotate(x_THd: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     """The rotation as one complex product: a pair (x[2j], x[2j+1]) is a complex number."""
     tokens, heads, width = x_THd.shape
     turned = paddle.as_complex(x_THd.astype("float32").reshape([tokens, heads, width // 2, 2]))
@@ -74,7 +115,7 @@ class _Rope(PyLayer):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensor()
-        return _rotate(grad, cos, -sin), None, None
+        return _rotate(grad, cos, sin, back=True), None, None
 
 
 def rotate(q_THd: Tensor, k_TKd: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> tuple[Tensor, Tensor]:

@@ -106,7 +106,7 @@ def kernels() -> Library | None:
         if problem := _first_difference(loaded):
             raise BuildError(f"they differ from the plain path: {problem}")
     except (BuildError, OSError) as error:
-        _log.warning("the C kernels are not used and decoding is slower: %s", error)
+        _log.warning("the C kernels are not used, which is slower: %s", error)
         return None
     return loaded
 
