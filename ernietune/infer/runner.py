@@ -46,7 +46,7 @@ class Runner:
         positions = np.concatenate([c.sequence.positions[c.start : c.stop] for c in chunks])
         is_vision = np.isin(ids, self._vision_ids) if self._model.config.is_vl else None
         with paddle.no_grad():
-            if self._fused is not None and self._one_bare_text_token_each(chunks, ids):
+            if self._fused is not None and _one_bare_text_token_each(chunks, is_vision):
                 return self._fused.forward(ids, positions, [span.slots for span in self._spans(chunks)])
             features, rows = self._picture_features(chunks)
             inputs = Inputs(
@@ -65,11 +65,6 @@ class Runner:
             chosen = paddle.gather(hidden_TH, paddle.to_tensor(np.array(rows, np.int64)))
             logits: NDArray[np.float32] = self._model.logits(chosen).numpy()
         return logits
-
-    def _one_bare_text_token_each(self, chunks: Items[Chunk], ids: NDArray[np.int64]) -> bool:
-        few = len(chunks) == len(ids) <= MOST_ROWS
-        bare = all(chunk.sequence.adapter is None for chunk in chunks)
-        return few and bare and not np.isin(ids, self._vision_ids).any()
 
     def _spans(self, chunks: Items[Chunk]) -> list[Span]:
         spans, start = [], 0
@@ -93,6 +88,12 @@ class Runner:
         if not features:
             return None, None
         return paddle.concat(features), paddle.to_tensor(np.concatenate(rows))
+
+
+def _one_bare_text_token_each(chunks: Items[Chunk], is_vision: NDArray[np.bool_] | None) -> bool:
+    few = len(chunks) <= MOST_ROWS and all(chunk.tokens == 1 for chunk in chunks)
+    bare = all(chunk.sequence.adapter is None for chunk in chunks)
+    return few and bare and (is_vision is None or not is_vision.any())
 
 
 class FeatureCache:

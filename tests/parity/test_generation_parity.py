@@ -57,6 +57,21 @@ def compare(reference, prompt, said, logprobs, **inputs):
     assert truth.argmax(-1).tolist() == said
 
 
+def generated(reference, prompt, **inputs):
+    """The greedy answer of transformers' own `generate`, step by step over its cache."""
+    ids = torch.tensor(np.asarray(prompt))[None]
+    whole = reference.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW,
+        do_sample=False,
+        eos_token_id=None,
+        bad_words_ids=[[references.IMAGE]],
+        **inputs,
+    )
+    return whole[0, len(prompt) :].tolist()
+
+
 def test_greedy_answers(pair):
     kind, reference, engine = pair
     generator = np.random.default_rng(1)
@@ -66,17 +81,10 @@ def test_greedy_answers(pair):
         assert len(said) == NEW
         if kind == "vl":
             compare(reference, ids, said, logprobs, make=lambda all_: references.picture_inputs(all_, [], []))
+            assert generated(reference, ids, **references.picture_inputs(ids, [], [])) == said
         else:
             compare(reference, ids, said, logprobs)
-            theirs = reference.generate(
-                torch.tensor(ids)[None],
-                attention_mask=torch.ones([1, len(ids)], dtype=torch.int64),
-                max_new_tokens=NEW,
-                do_sample=False,
-                eos_token_id=None,
-                bad_words_ids=[[references.IMAGE]],
-            )
-            assert theirs[0, len(ids) :].tolist() == said
+            assert generated(reference, ids) == said
     assert engine.stats().free_blocks == engine.stats().blocks
 
 
@@ -98,3 +106,5 @@ def test_greedy_answers_about_pictures(pair):
             logprobs,
             make=lambda all_: references.picture_inputs(all_, grids, pixels),
         )
+        inputs = references.picture_inputs(request.ids, grids, pixels)
+        assert generated(reference, request.ids, **inputs) == said

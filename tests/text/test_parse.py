@@ -21,6 +21,9 @@ HANDED_ON = (10, 32)
 VALID = '{"name": "f"}'
 # The peer reports a name next to tools_called=false; there is no call, and here the block is content.
 SALVAGED = (84, 85)
+# FastDeploy's old parser refused a call behind `</response>` and left all of it as content. Its rewritten one
+# takes it, as case 142 and the rule for text between `</think>` and `<tool_call>` want, and so do we.
+CALL_AFTER_RESPONSE = 62
 
 
 def parser_of(case: dict) -> OutputParser:
@@ -61,6 +64,9 @@ def test_whole_answers(case: dict, cut: str) -> None:
     given = {"as given": given, "whole": [text], "characters": list(text)}[cut]
     if case["id"] in SALVAGED:
         expected = {"tools_called": False, "content": text}
+    if case["id"] == CALL_AFTER_RESPONSE:
+        answer = {"content": "hello", "tools_called": True}
+        expected = answer | {"tool_calls": [{"name": "get_weather", "arguments": '{"location": "北京"}'}]}
     parser = parser_of(case)
     events = [event for piece in given for event in parser.feed(piece)] + parser.finish()
     assert in_peer_form(collect(events), expected) == expected

@@ -11,7 +11,10 @@ import tempfile
 from pathlib import Path
 
 _HERE = Path(__file__).parent
-_SOURCES = ("linear.c", "convert.c", "decode.c", "attention.c", "lowrank.c", "pointwise.c")
+_SOURCES = (
+    *("linear.c", "digits.c", "convert.c", "decode.c"),
+    *("attention.c", "lowrank.c", "pointwise.c"),
+)
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-std=gnu11")
 
 

@@ -3,11 +3,8 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 
+#include "digits.h"
 #include "vector.h"
-
-#ifndef AHEAD
-#define AHEAD 4096
-#endif
 
 /* The OpenMP runtime that the process has already: a second one's threads would fight with its own. */
 typedef void (*Parallel)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
@@ -59,7 +56,6 @@ INLINE float weight1(int bits, const void *row, int64_t i) {
     return ((const int8_t *)row)[i];
 }
 
-/* Ask for what comes AHEAD bytes later: the processor's own look-ahead ends at a page. */
 INLINE void fetch_ahead(const char *p, int bytes) {
     for (int b = 0; b < bytes; b += 64) __builtin_prefetch(p + AHEAD + b, 0, 3);
 }
@@ -139,10 +135,21 @@ INLINE void some_rows(const Matrix *m, int R, int64_t row, const float *x, float
     }
 }
 
-static void job_rows(const Job *job, int64_t begin, int64_t end) {
+/* A job whose x is in the form that the matrix wants: digits, or else job.x. */
+typedef struct {
+    Job job;
+    const Digits *digits;
+} Prepared;
+
+static void job_rows(const Prepared *prepared, int64_t begin, int64_t end) {
+    const Job *job = &prepared->job;
     const Matrix *m = &job->matrix;
     float result[4];
     for (int64_t o = begin; o < end; o++) {
+        if (prepared->digits) {
+            dot_digits(m, o, prepared->digits, job->rows, job->y + o, m->out);
+            continue;
+        }
         int64_t done = 0;
         while (done < job->rows) {
             const float *x = job->x + done * m->in;
@@ -157,11 +164,11 @@ static void job_rows(const Job *job, int64_t begin, int64_t end) {
 }
 
 static void jobs_rows(const void *context, int64_t begin, int64_t end) {
-    const Job *job = context;
-    for (int64_t first = 0; first < end; first += job->matrix.out, job++) {
-        int64_t low = begin > first ? begin - first : 0;
-        int64_t high = end - first < job->matrix.out ? end - first : job->matrix.out;
-        if (low < high) job_rows(job, low, high);
+    const Prepared *prepared = context;
+    for (int64_t first = 0; first < end; first += prepared->job.matrix.out, prepared++) {
+        int64_t out = prepared->job.matrix.out;
+        int64_t low = begin > first ? begin - first : 0, high = end - first < out ? end - first : out;
+        if (low < high) job_rows(prepared, low, high);
     }
 }
 
@@ -173,41 +180,55 @@ static void split_columns(const float *x, int64_t count, float *result) {
         }
 }
 
-/* Copies of the jobs' x with the columns in the order that int4 wants; jobs with the same x share one. */
-static void split_inputs(Job *jobs, int64_t count, float *room) {
-    const float *given = NULL, *split = NULL;
+/* Bytes that the prepared x of a job takes, a multiple of 64. */
+static int64_t room_of(const Job *job) {
+    const Matrix *m = &job->matrix;
+    if (m->bits <= BYTE_PRODUCTS) return job->rows * blocks_of(m->in) * (int64_t)sizeof(Digits);
+    return m->bits == 4 ? (job->rows * m->in * (int64_t)sizeof(float) + 63) / 64 * 64 : 0;
+}
+
+static Prepared prepared_in(char *room, const Job *job) {
+    const Matrix *m = &job->matrix;
+    Prepared result = {*job, NULL};
+    if (m->bits <= BYTE_PRODUCTS) {
+        to_digits(job->x, job->rows, m->in, m->bits, (Digits *)room);
+        result.digits = (const Digits *)room;
+    } else if (m->bits == 4) {
+        split_columns(job->x, job->rows * m->in, (float *)room);
+        result.job.x = (const float *)room;
+    }
+    return result;
+}
+
+/* Neighbours with the same x and kind of codes share one prepared x. */
+static void prepare(const Job *jobs, int64_t count, Prepared *prepared, char *room) {
     for (int64_t i = 0; i < count; i++) {
-        if (jobs[i].matrix.bits != 4) continue;
-        if (jobs[i].x != given) {
-            int64_t size = jobs[i].rows * jobs[i].matrix.in;
-            split_columns(jobs[i].x, size, room);
-            given = jobs[i].x, split = room;
-            room += size;
+        if (i && jobs[i].x == jobs[i - 1].x && jobs[i].matrix.bits == jobs[i - 1].matrix.bits) {
+            prepared[i] = prepared[i - 1];
+            prepared[i].job.matrix = jobs[i].matrix;
+            prepared[i].job.y = jobs[i].y;
+            continue;
         }
-        jobs[i].x = split;
+        prepared[i] = prepared_in(room, &jobs[i]);
+        room += room_of(&jobs[i]);
     }
 }
 
-int run_jobs(const Job *given, int64_t count) {
-    int64_t total = 0, room = 0, bytes = 0;
+int run_jobs(const Job *jobs, int64_t count) {
+    int64_t total = 0, bytes = 0, room = 0;
     for (int64_t i = 0; i < count; i++) {
-        const Matrix *m = &given[i].matrix;
+        const Matrix *m = &jobs[i].matrix;
         total += m->out;
         bytes += m->out * m->in * m->bits / 8;
-        if (m->bits == 4) room += given[i].rows * m->in;
+        room += room_of(&jobs[i]);
     }
-    const Job *jobs = given;
-    void *own = NULL;
-    if (room) {
-        own = malloc((size_t)count * sizeof(Job) + (size_t)room * sizeof(float));
-        if (!own) return -1;
-        memcpy(own, given, (size_t)count * sizeof(Job));
-        split_inputs(own, count, (float *)((Job *)own + count));
-        jobs = own;
-    }
+    int64_t list = (count * (int64_t)sizeof(Prepared) + 63) / 64 * 64;
+    char *own = aligned_alloc(64, (size_t)(room + list));
+    if (!own) return count ? -1 : 0;
+    prepare(jobs, count, (Prepared *)(own + room), own);
     int64_t row_bytes = bytes / (total ? total : 1) + 1, chunk = (64 << 10) / row_bytes;
     int64_t even = total / (4 * threads) + 1;
-    for_all(jobs_rows, jobs, total, chunk < 8 ? 8 : chunk < even ? chunk : even);
+    for_all(jobs_rows, own + room, total, chunk < 8 ? 8 : chunk < even ? chunk : even);
     free(own);
     return 0;
 }
