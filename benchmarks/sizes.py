@@ -35,8 +35,9 @@ def run(label: str, *arguments: object) -> None:
     started = time.perf_counter()
     command = [sys.executable, "-m", "ernietune", *map(str, arguments)]
     with tempfile.TemporaryFile("w+") as output:
-        wide = os.environ | {"COLUMNS": "200"}
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=wide)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=_environment()
+        )
         _, status, usage = os.wait4(process.pid, 0)
         output.seek(0)
         text = output.read()
@@ -50,6 +51,11 @@ def run(label: str, *arguments: object) -> None:
     for line in text.splitlines():
         if line.startswith(("step ", "memory before", "(base", "the frozen base")) or "merged" in line:
             print("    " + line)
+
+
+def _environment() -> dict[str, str]:
+    """This checkout's packages, and lines that are not broken."""
+    return os.environ | {"COLUMNS": "200", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
 
 
 def picture() -> str:
@@ -156,8 +162,7 @@ def load() -> None:
         total = sparse_checkpoint(Path(name), 13)
         shards = len(list(Path(name).glob("*.safetensors")))
         print(f"{total / 1e9:.1f} GB in {shards} shards", flush=True)
-        path = f"{ROOT}:{ROOT / 'kernels'}"
-        subprocess.run([sys.executable, "-c", _LOAD, name], env=os.environ | {"PYTHONPATH": path}, check=True)
+        subprocess.run([sys.executable, "-c", _LOAD, name], env=_environment(), check=True)
 
 
 def main() -> None:

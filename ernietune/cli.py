@@ -125,7 +125,9 @@ def estimate(
     config: Path,
     overrides: Overrides = None,
     gpu_memory: Annotated[float, typer.Option(help="GiB of a card.")] = 80.0,
-    gpus: Annotated[int, typer.Option(min=1, help="Cards that share the experts.")] = 1,
+    gpus: Annotated[
+        int, typer.Option(min=1, help="Plan for this many: parallel.data, and parallel.expert with experts.")
+    ] = 1,
     image_tokens: Annotated[
         int | None, typer.Option(min=0, help="Tokens of a micro-batch that are pictures; default: half.")
     ] = None,

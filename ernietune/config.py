@@ -96,7 +96,7 @@ class TrainSection:
     clip_norm: float | None = 1.0
     trainable: list[str] = field(default_factory=lambda: ["all"])  # with lora.enabled false only
     recompute: str = "none"  # layers, every-2 (any n), attention+moe+norm+activation, auto; docs/hardware.md
-    offload: str = "none"  # activations: what is kept for the backward pass waits on the host
+    offload: str = "none"  # what waits on the host: activations, optimizer, weights, joined by +
     router_losses: dict[str, float] = field(default_factory=dict)  # see docs/training-extras.md
     neftune_alpha: float | None = None  # noise on word embeddings while conversations train; 5 is usual
     loss_chunk: int | None = None  # rows whose logits exist at a time; None: 64 MiB worth

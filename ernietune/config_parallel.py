@@ -64,6 +64,9 @@ def _stage_problems(config: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[s
         yield "sharding", f"is {stage}, but train.router_losses names orthogonal, which needs 0 or 1"
     if parallel["base"] == "sharded" and not config["lora"]["enabled"]:
         yield "base", "is sharded, but nothing is frozen without adapters; use parallel.sharding: 3"
+    form = config["model"]["quantization"]
+    if parallel["base"] == "sharded" and form != "none":
+        yield "base", f"is sharded, but a base held as {form} is not cut into slices; use replicated"
 
 
 def _divided_problems(config: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

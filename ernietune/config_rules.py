@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ernietune import metric_names
 from ernietune.config_extras import extras_problems, loss_problems
 from ernietune.config_parallel import parallel_problems
-from ernietune.memory_modes import OFFLOADS, memory_problems
+from ernietune.memory_modes import memory_problems, weights_problem
 
 if TYPE_CHECKING:
     from ernietune.config import Config, DataSection, TrainSection
@@ -24,7 +24,6 @@ CHOICES = {
     "data.on_error": ("error", "skip"),
     "train.schedule": ("cosine", "linear", "constant"),
     "train.objective": ("sft", "dpo"),
-    "train.offload": OFFLOADS,
     "train.best_metric": metric_names.NAMES,
     "parallel.base": ("replicated", "sharded"),
     "dpo.loss": (
@@ -113,9 +112,12 @@ def _of_the_loop(config: Config) -> Iterator[tuple[str, str]]:
         train.router_losses, train.neftune_alpha, train.objective, config.lora.enabled
     ):
         yield f"train.{name}", problem
-    for name, problem in memory_problems(train.recompute):
+    for name, problem in memory_problems(train.recompute, train.offload):
         yield f"train.{name}", problem
-    for name, problem in parallel_problems({name: vars(part) for name, part in vars(config).items()}):
+    sections = {name: vars(part) for name, part in vars(config).items()}
+    if problem := weights_problem(sections):
+        yield "train.offload", problem
+    for name, problem in parallel_problems(sections):
         yield f"parallel.{name}", problem
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 PARTS = ("attention", "moe", "norm", "activation")
-OFFLOADS = ("none", "activations")
+OFFLOADS = ("activations", "optimizer", "weights")
 AUTO = "auto"
+# The matrices that train.offload: weights keeps out of the device; norms and routers are small.
+_WAITING = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.(\w+\.)?\w+_proj\.weight")
 _GIB = re.compile(r"\d+(\.\d+)?")
 _SWITCHES = {"True": "layers", "False": "none"}  # what YAML makes of true and false in a text
 
@@ -46,6 +49,16 @@ def recompute_of(value: str) -> Recompute:
     return Recompute(parts=tuple(part for part in PARTS if part in value.split("+")))
 
 
+def offloads_of(value: str) -> frozenset[str]:
+    """What a checked value of train.offload keeps on the host."""
+    return frozenset() if value == "none" else frozenset(value.split("+"))
+
+
+def waits_on_host(path: str) -> bool:
+    """Whether train.offload: weights is about this parameter of the base."""
+    return _WAITING.fullmatch(path) is not None
+
+
 def is_auto(value: str) -> bool:
     """Whether a checked value leaves the choice to the estimate: auto, or auto-40 for 40 GiB."""
     return value.startswith(AUTO)
@@ -56,8 +69,11 @@ def budget_of(value: str) -> float | None:
     return float(value.removeprefix(AUTO + "-")) if value.startswith(AUTO + "-") else None
 
 
-def memory_problems(recompute: str) -> Iterator[tuple[str, str]]:
+def memory_problems(recompute: str, offload: str) -> Iterator[tuple[str, str]]:
     """(key of the train section, what is wrong with it)."""
+    if offload != "none" and not _distinct(offload.split("+"), OFFLOADS):
+        names = ", ".join(OFFLOADS)
+        yield "offload", f"is {offload!r}; it must be none, or of {names} one or several joined by +"
     number = recompute.removeprefix("every-")
     if recompute.startswith(AUTO + "-"):
         budget = recompute.removeprefix(AUTO + "-")
@@ -66,7 +82,7 @@ def memory_problems(recompute: str) -> Iterator[tuple[str, str]]:
     elif recompute.startswith("every-"):
         if not number.isdecimal() or int(number) < 2:
             yield "recompute", f"is {recompute!r}; every-n needs a whole number from 2, such as every-2"
-    elif recompute not in ("none", "layers", AUTO) and not _distinct(recompute.split("+")):
+    elif recompute not in ("none", "layers", AUTO) and not _distinct(recompute.split("+"), PARTS):
         names = ", ".join(PARTS)
         yield (
             "recompute",
@@ -77,5 +93,28 @@ def memory_problems(recompute: str) -> Iterator[tuple[str, str]]:
         )
 
 
-def _distinct(names: list[str]) -> bool:
-    return set(names) <= set(PARTS) and len(set(names)) == len(names)
+def weights_problem(config: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Why frozen weights cannot wait on the host in this configuration; None where they can, or do not."""
+    model, train, parallel = config["model"], config["train"], config["parallel"]
+    if "weights" not in train["offload"].split("+"):
+        return None
+    reasons = {
+        "nothing is frozen without adapters; leave it out": not config["lora"]["enabled"],
+        "a layer's weights are let go of after its work; set train.recompute: layers": (
+            train["recompute"] != "layers"
+        ),
+        f"a base held as {model['quantization']} stays on the device; use model.quantization: none": (
+            model["quantization"] != "none"
+        ),
+        "parallel.base: sharded keeps them on other devices; choose one of the two": (
+            parallel["base"] == "sharded"
+        ),
+        "answers would fetch the model for every token; set train.eval_generate to 0": (
+            train["eval_generate"] > 0
+        ),
+    }
+    return next((f"names weights, but {reason}" for reason, holds in reasons.items() if holds), None)
+
+
+def _distinct(names: list[str], known: tuple[str, ...]) -> bool:
+    return set(names) <= set(known) and len(set(names)) == len(names)

@@ -112,7 +112,7 @@ def test_wrong_type(write: Write, line: str, key: str) -> None:
         ("recompute: every-1", "train.recompute` is 'every-1'; every-n needs a whole number from 2"),
         ("recompute: norm+norm", "train.recompute` is 'norm+norm'; it must be none, layers, every-n, auto"),
         ("recompute: layers+norm", "train.recompute` is 'layers+norm'; it must be none, layers"),
-        ("offload: weights", "train.offload` is 'weights'; it must be one of none, activations"),
+        ("offload: disk", "train.offload` is 'disk'; it must be none, or of activations, optimizer, weights"),
         ("recompute: auto-0", "train.recompute` is 'auto-0'; auto-n needs the GiB that it may use"),
         ("recompute: auto-x", "train.recompute` is 'auto-x'; auto-n needs the GiB that it may use"),
     ],

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import mmap
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,13 @@ from ernietune_kernels.stored import quantize_into
 
 from ernietune.checkpoint.dtypes import Array, to_float32
 from ernietune.checkpoint.load import fill_from, read_part, stored_entries
-from ernietune.checkpoint.names import Source, Target, sources
+from ernietune.checkpoint.names import Source, sources
 from ernietune.checkpoint.safetensors import Reader
 from ernietune.models.config import ModelConfig
 from ernietune.models.decoder import CausalLM
 from ernietune.models.forms import Form, Scheme
 from ernietune.models.packed import Packed, PackedLinear, convert, packed_layers
+from ernietune.parallel.degrees import Degrees, Holding
 
 _EMBEDDING = "model.embed_tokens.weight"
 _ALIGNMENT = 64
@@ -32,36 +35,42 @@ _STRIP = 1 << 23  # numbers of a matrix that are rounded at a time: fp32 copies 
 
 
 def load_packed(
-    folder: str | Path, scheme: Scheme, config: ModelConfig, dtype: str = "float32"
+    folder: str | Path,
+    scheme: Scheme,
+    config: ModelConfig,
+    dtype: str = "float32",
+    build: Callable[[ModelConfig, str], CausalLM] = CausalLM,
+    holding: Holding | None = None,
 ) -> tuple[CausalLM, list[str]]:
     """The model of a checkpoint folder, and notes on what `scheme` could not do; it computes in `dtype`.
 
-    One tensor is copied or converted at a time. CheckpointError lists all that does not fit.
+    One tensor is copied or converted at a time; with a `holding`, `build` makes a process's part of the model
+    and only that is read, as codes of the whole model's. CheckpointError lists all that does not fit.
     """
-    reader = Reader(folder)
+    reader, holding = Reader(folder), holding or Holding(Degrees())
     parts = sources(stored_entries(reader, config))
-    model, notes = _skeleton(config, scheme, dtype)
-    arena = _Arena()
-    fill_from(model.state_dict(), parts, reader)
+    model, notes = _skeleton(partial(build, config, dtype), scheme, holding.degrees)
+    loading = _Loading(reader, holding, _Arena())
+    fill_from(model.state_dict(), parts, reader, holding)
     for path, layer in packed_layers(model):
         if f"{path}.weight" in parts:
-            layer.take(_read(layer, parts[f"{path}.weight"], reader, arena))
+            layer.take(_read(layer, parts[f"{path}.weight"], loading))
     head = model.lm_head
     if config.tie_word_embeddings and isinstance(head, PackedLinear):
         embedding = model.model.embed_tokens
-        head.take(embedding.weight if head.form.bits == 16 else _read(head, parts[_EMBEDDING], reader, arena))
+        head.take(embedding.weight if head.form.bits == 16 else _read(head, parts[_EMBEDDING], loading))
     return model, notes
 
 
-def _skeleton(config: ModelConfig, scheme: Scheme, dtype: str) -> tuple[CausalLM, list[str]]:
+def _skeleton(build: Callable[[], CausalLM], scheme: Scheme, degrees: Degrees) -> tuple[CausalLM, list[str]]:
     """The model with layers to be filled. Made in host memory, where weights that are never touched cost
     nothing, and moved without those that became packed.
     """
     device = paddle.get_device()
     paddle.set_device("cpu")
     try:
-        model = CausalLM(config, dtype)
-        notes = convert(model, scheme)
+        model = build()
+        notes = convert(model, scheme, degrees.whole_shape)
     finally:
         paddle.set_device(device)
     if device != "cpu":
@@ -102,12 +111,48 @@ def _pages(size: int) -> mmap.mmap:
     return pages
 
 
-def _read(layer: Packed, parts: list[Source], reader: Reader, arena: _Arena) -> Any:
+@dataclass(frozen=True)
+class _Matrix:
+    """A matrix [out, in] on disk, its place in a stack, and how this process's part is cut out of it."""
+
+    place: int | None
+    whole: Array
+    dtype: str
+    cut: Callable[[Array], Array]
+
+    @property
+    def part(self) -> Array:
+        """What this process holds of it."""
+        return self.cut(self.whole)
+
+
+@dataclass(frozen=True)
+class _Loading:
+    """Where weights are read from, how much of each, and the memory that they are put in."""
+
+    reader: Reader
+    holding: Holding
+    arena: _Arena
+
+    def matrices(self, parts: list[Source], shape: tuple[int, ...]) -> Iterator[_Matrix]:
+        """The matrices of a weight, or of a stack, of which this process holds something."""
+        for entry, target in parts:
+            index = target.index
+            place = None if index is None else self.holding.place(target.param, index, shape[0])
+            if index is not None and place is None:
+                continue
+            whole = target.region(self.reader.array(entry.name))
+            cut = partial(self.holding.cut_matrix, target.param)
+            yield _Matrix(place, whole, self.reader.info(entry.name).dtype, cut)
+            self.reader.release(entry.name)
+
+
+def _read(layer: Packed, parts: list[Source], loading: _Loading) -> Any:
     if layer.form.bits != 16:
-        return _coded(layer.shape, layer.form, parts, reader, arena)
-    buffer = arena.take(layer.shape, np.uint16)
-    for source in parts:
-        read_part(buffer, source, reader, "BF16")
+        return _coded(layer.shape, layer.form, parts, loading)
+    buffer = loading.arena.take(layer.shape, np.uint16)
+    for part in parts:
+        read_part(buffer, part, loading.reader, "BF16", loading.holding)
     return _tensor(buffer)
 
 
@@ -124,40 +169,38 @@ def _shared(array: Array) -> Any:
     )
 
 
-def _coded(shape: tuple[int, ...], form: Form, parts: list[Source], reader: Reader, arena: _Arena) -> Weight:
+def _coded(shape: tuple[int, ...], form: Form, parts: list[Source], loading: _Loading) -> Weight:
     """Round part by part: each is a whole matrix, of a stack or alone."""
     if form.kind == "nf4":
-        return _nf4(shape, form, parts, reader, arena)
+        return _nf4(shape, form, parts, loading)
     if form.kind == "fp8":
-        return _fp8(shape, parts, reader)
-    return _quantized(shape, form, parts, reader, arena)
+        return _fp8(shape, parts, loading)
+    return _quantized(shape, form, parts, loading)
 
 
-def _nf4(
-    shape: tuple[int, ...], form: Form, parts: list[Source], reader: Reader, arena: _Arena
-) -> nf4.Nf4Weight:
+def _nf4(shape: tuple[int, ...], form: Form, parts: list[Source], loading: _Loading) -> nf4.Nf4Weight:
     *front, width = shape
-    codes = arena.take((*front, width // 2), np.uint8)
-    scale = arena.take((*front, width // form.group), np.float32)
-    for entry, target in parts:
-        where = ... if target.index is None else target.index
-        for first, rows in _strips(entry.name, target, shape, reader):
-            found = slice(first, first + len(rows))
-            codes[where][found], scale[where][found] = nf4.codes_of(rows, form.group)
+    codes = loading.arena.take((*front, width // 2), np.uint8)
+    scale = loading.arena.take((*front, width // form.group), np.float32)
+    for found in loading.matrices(parts, shape):
+        where = ... if found.place is None else found.place
+        for first, rows in _strips(found):
+            strip = slice(first, first + len(rows))
+            codes[where][strip], scale[where][strip] = nf4.codes_of(rows, form.group)
     return nf4.Nf4Weight(_tensor(codes), _tensor(scale), form.group, shape)
 
 
-def _fp8(shape: tuple[int, ...], parts: list[Source], reader: Reader) -> fp8.Fp8Weight:
+def _fp8(shape: tuple[int, ...], parts: list[Source], loading: _Loading) -> fp8.Fp8Weight:
     matrices = {}
-    for entry, target in parts:
+    for found in loading.matrices(parts, shape):
         strips = [
             fp8.quantize_blocks(paddle.to_tensor(rows[None], place=paddle.CPUPlace()))
-            for _, rows in _strips(entry.name, target, shape, reader)
+            for _, rows in _strips(found)
         ]
         codes, scale = (paddle.concat(pieces, 1) for pieces in zip(*map(_both, strips), strict=True))
         on_cpu = paddle.get_device() == "cpu"
         stack = fp8.Fp8Stack(codes, scale) if on_cpu else fp8.Fp8Stack(codes.cuda(), scale.cuda())
-        matrices[target.index or 0] = stack
+        matrices[found.place or 0] = stack
     return fp8.Fp8Weight(tuple(matrices[index] for index in sorted(matrices)), shape)
 
 
@@ -165,30 +208,40 @@ def _both(stack: fp8.Fp8Stack) -> tuple[Any, Any]:
     return stack.codes, stack.scale
 
 
-def _strips(name: str, target: Target, shape: tuple[int, ...], reader: Reader) -> Iterator[tuple[int, Array]]:
-    """(first row, rows in fp32) of a matrix on disk, whole FP8 blocks of rows at a time."""
-    stored = target.region(reader.array(name)).reshape(shape[-2:])
-    step = max(fp8.BLOCK, _STRIP // shape[-1] // fp8.BLOCK * fp8.BLOCK)
-    for first in range(0, shape[-2], step):
-        rows = to_float32(stored[first : first + step], reader.info(name).dtype)
-        yield first, np.ascontiguousarray(rows)
-    reader.release(name)
+def _strips(found: _Matrix) -> Iterator[tuple[int, Array]]:
+    """(first row, rows in fp32) of this process's part, whole FP8 blocks of rows at a time."""
+    stored = found.part
+    step = max(fp8.BLOCK, _STRIP // stored.shape[1] // fp8.BLOCK * fp8.BLOCK)
+    for first in range(0, stored.shape[0], step):
+        yield first, np.ascontiguousarray(to_float32(stored[first : first + step], found.dtype))
 
 
-def _quantized(
-    shape: tuple[int, ...], form: Form, parts: list[Source], reader: Reader, arena: _Arena
-) -> QuantizedWeight:
+def _quantized(shape: tuple[int, ...], form: Form, parts: list[Source], loading: _Loading) -> QuantizedWeight:
     """int8 or int4 codes."""
     *front, width = shape
     group = form.group if form.bits == 4 else width
     scales = (*front, width // group) if form.bits == 4 else tuple(front)
-    codes = arena.take((*front, width * form.bits // 8), np.int8 if form.bits == 8 else np.uint8)
-    scale = arena.take(scales, np.float32)
+    codes = loading.arena.take((*front, width * form.bits // 8), np.int8 if form.bits == 8 else np.uint8)
+    scale = loading.arena.take(scales, np.float32)
     host = QuantizedWeight(_shared(codes), _shared(scale), form.bits, group, shape)
-    for entry, target in parts:
-        stored = target.region(reader.array(entry.name)).reshape(shape[-2:])
-        dtype = reader.info(entry.name).dtype
-        source = stored if dtype in ("BF16", "F32") else to_float32(stored, dtype)
-        quantize_into(host, target.index, source)
-        reader.release(entry.name)
+    for found in loading.matrices(parts, shape):
+        if form.bits == 8 and found.part.shape[1] < found.whole.shape[1]:
+            where = ... if found.place is None else found.place
+            codes[where], scale[where] = _of_whole_rows(found)
+        else:
+            quantize_into(host, found.place, _readable(found.part, found.dtype))
     return QuantizedWeight(_tensor(codes), _tensor(scale), form.bits, group, shape)
+
+
+def _of_whole_rows(found: _Matrix) -> tuple[Array, Array]:
+    """int8 codes of some columns, and the scales, which are those of whole rows."""
+    outputs, width = found.whole.shape
+    codes, scale = np.empty((outputs, width), np.int8), np.empty(outputs, np.float32)
+    whole = QuantizedWeight(_shared(codes), _shared(scale), 8, width, (outputs, width))
+    quantize_into(whole, None, _readable(found.whole, found.dtype))
+    return found.cut(codes), scale
+
+
+def _readable(stored: Array, dtype: str) -> Array:
+    """What the codes are made from: bf16 bits or fp32."""
+    return stored if dtype in ("BF16", "F32") else to_float32(stored, dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ernietune.estimate.holdings import shared
 from ernietune.estimate.setup import Setup
 
 QUERY_BLOCK = 128  # of the attention on a CPU
@@ -38,10 +39,11 @@ class Half:
 
 @dataclass(frozen=True)
 class Block:
-    """A decoder layer or vision block: its halves, and the bytes of gradients that it gives."""
+    """A decoder layer or vision block: its halves, the bytes of its input and of the gradients it gives."""
 
     attention: Half
     mlp: Half
+    width: float
     gradients: float
 
 
@@ -52,14 +54,17 @@ def decoder_block(setup: Setup, layer: int) -> Block:
     if layer == 0 and not setup.trains_before_layers:
         attention = replace(attention, input=0.0)
     mlp = _moe(setup, path + "mlp.") if setup.geometry.is_moe_layer(layer) else _dense(setup, path + "mlp.")
-    return Block(attention, mlp, gradients_under(setup, path))
+    return Block(attention, mlp, _stream(setup), gradients_under(setup, path))
+
+
+def _stream(setup: Setup) -> float:
+    """The rows between the products, of which each process of a tensor group has a part."""
+    return float(setup.tokens) * setup.geometry.hidden_size * setup.number / setup.sequence_part
 
 
 def gradients_under(setup: Setup, prefix: str) -> float:
-    """Bytes of the gradients of all that trains below a path: adapters in fp32, weights as computed."""
-    adapters = sum(size for path, size in setup.adapted.items() if path.startswith(prefix))
-    weights = sum(size for path, size in setup.trained.items() if path.startswith(prefix))
-    return 4.0 * adapters + setup.number * weights
+    """Bytes of the gradients of all that trains below a path."""
+    return sum(one.gradient for one in shared(setup, prefix))
 
 
 def _low_rank(setup: Setup, path: str, names: str, rows: float, inputs: float) -> float:
@@ -72,7 +77,7 @@ def _low_rank(setup: Setup, path: str, names: str, rows: float, inputs: float) -
 
 
 def _attention(setup: Setup, path: str) -> Half:
-    g, c, t = setup.geometry, setup.number, float(setup.tokens)
+    g, c, t = setup.local, setup.number, float(setup.tokens)
     width, queries, keys = t * g.hidden_size * c, t * g.query_width * c, t * g.key_value_width * c
     inside = 2 * queries + 2 * keys + _low_rank(setup, path, "q_proj k_proj v_proj", t, g.hidden_size)
     inside += _low_rank(setup, path, "o_proj", t, g.query_width) + 4 * t
@@ -83,12 +88,11 @@ def _attention(setup: Setup, path: str) -> Half:
         scores = 4.0 * g.num_attention_heads * min(QUERY_BLOCK, t) * t
         forward = 3 * queries + 2 * keys + 2 * scores
         backward = max(5 * queries + 4 * keys + width + 3 * scores, 2 * keys + queries + 5 * width)
-    return Half(width, width, inside, 0.0, forward, backward)
+    return Half(_stream(setup), width, inside, 0.0, forward, backward)
 
 
 def _dense(setup: Setup, path: str) -> Half:
-    g = setup.geometry
-    return _swiglu(setup, path, g.intermediate_size)
+    return _swiglu(setup, path, setup.local.intermediate_size)
 
 
 def _swiglu(setup: Setup, path: str, inner_width: int) -> Half:
@@ -98,11 +102,11 @@ def _swiglu(setup: Setup, path: str, inner_width: int) -> Half:
     low_rank = _low_rank(setup, path, "gate_proj up_proj", t, g.hidden_size)
     low_rank += _low_rank(setup, path, "down_proj", t, inner_width)
     backward = max(2 * width + 2 * inner, 5 * width + 2 * inner - 3 * inner)
-    return Half(width, width, 3 * inner + low_rank + 4 * t, inner, 2 * width, backward)
+    return Half(_stream(setup), width, 3 * inner + low_rank + 4 * t, inner, 2 * width, backward)
 
 
 def _moe(setup: Setup, path: str) -> Half:
-    g, c, t = setup.geometry, setup.number, float(setup.tokens)
+    g, c, t = setup.local, setup.number, float(setup.tokens)
     width = t * g.hidden_size * c
     pools = [_pool(setup, path, "text", t - setup.image_tokens, 0)]
     if len(g.pools) > 1 and setup.image_tokens:
@@ -116,22 +120,36 @@ def _moe(setup: Setup, path: str) -> Half:
         inside, activation = inside + shared.inside, activation + shared.activation
     forward = max(pool.forward for pool in pools) + width
     backward = max(pool.backward for pool in pools) + 3 * width
-    return Half(width, width, inside, activation, forward, backward, is_moe=True)
+    if setup.degrees.expert > 1:
+        there, back = _exchange(setup)
+        forward, backward = max(forward, there), max(backward, back)
+    return Half(_stream(setup), width, inside, activation, forward, backward, is_moe=True)
 
 
 def _pool(setup: Setup, path: str, name: str, tokens: float, index: int) -> Half:
     """The routed experts of one modality: every token's row k times."""
-    g, c = setup.geometry, setup.number
+    g, c = setup.local, setup.number
     rows = tokens * g.moe_k
     wide, inner = rows * g.hidden_size * c, rows * g.pools[index].intermediate_size * c
     prefix = f"{path}{name}_experts."
     low_rank = _low_rank(setup, prefix, "gate_proj up_proj", rows, g.hidden_size)
     low_rank += _low_rank(setup, prefix, "down_proj", rows, g.pools[index].intermediate_size)
-    routing = tokens * g.pools[index].count * 4 + rows * (3 * 8 + 8 + 3 * 4)
-    if setup.gpu:  # the kernels read rows where they lie and keep no copy of them
+    routing = tokens * setup.geometry.pools[index].count * 4 + rows * (3 * 8 + 8 + 3 * 4)
+    if setup.gpu and setup.degrees.expert == 1:  # kernels read rows where they lie and keep no copy
         return Half(0.0, 0.0, 3 * inner + low_rank + routing, inner, wide, wide + 3 * inner)
     kept = 2 * wide + 3 * inner + low_rank + routing
     return Half(0.0, 0.0, kept, inner, wide, max(wide, 2 * inner, 3 * wide - inner))
+
+
+def _exchange(setup: Setup) -> tuple[float, float]:
+    """While rows travel to other processes' experts and back: forward, backward.
+
+    As many arrive as leave when experts are chosen evenly. gloo has no such exchange: there everybody gets
+    all rows of everybody and picks.
+    """
+    wide = float(setup.tokens) * setup.geometry.moe_k * setup.geometry.hidden_size * setup.number
+    everybody = 0 if setup.gpu else setup.degrees.expert
+    return (4 + everybody) * wide, (2 + everybody) * wide
 
 
 def vision_block(setup: Setup, index: int) -> Block:
@@ -150,7 +168,7 @@ def vision_block(setup: Setup, index: int) -> Block:
     low_rank = _low_rank(setup, path, "mlp.fc1", p, v.embed_dim)
     low_rank += _low_rank(setup, path, "mlp.fc2", p, v.intermediate_size)
     mlp = Half(width, width, 3 * inner + low_rank, inner, 2 * inner, 3 * inner + 2 * width)
-    return Block(attention, mlp, gradients_under(setup, path))
+    return Block(attention, mlp, width, gradients_under(setup, path))
 
 
 def patches(setup: Setup) -> int:

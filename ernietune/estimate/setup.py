@@ -1,4 +1,4 @@
-"""What an estimate starts from: geometry, configuration, device, and what trains."""
+"""What an estimate starts from: geometry, configuration, device, and what one of the processes holds."""
 
 from __future__ import annotations
 
@@ -8,37 +8,30 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ernietune.checkpoint.names import parameter_shapes
-from ernietune.config import Config, key_paths
+from ernietune.config import Config
 from ernietune.errors import ConfigError
-from ernietune.memory_modes import Recompute, is_auto, recompute_of
+from ernietune.memory_modes import Recompute, is_auto, offloads_of, recompute_of, waits_on_host
 from ernietune.models.config import ModelConfig
-from ernietune.targets import LoraSpec, choose_trained, select
+from ernietune.models.forms import TRAINING, Form, Scheme, form_of
+from ernietune.parallel.degrees import Degrees, Part
+from ernietune.targets import LoraSpec, Shapes, choose_trained, select
 
 GIB = 2**30
-# Bytes of a stored weight of the layers that are quantised; scales, one number a row or group, included.
-BYTES_PER_WEIGHT = {
-    "wint8": 1.0,
-    "fp8": 1.0,
-    "wint4": 0.5 + 4 / 128,
-    "nf4": 0.5 + 4 / 64,
-}
-# By path; `mixed` is int8 in attention and shared parts, int4 in the routed experts.
-_QUANTISED = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\..*proj\.weight")
-_EXPERTS = re.compile(r".*_experts\.(gate|up|down)_proj\..*")
-_ROUTED = re.compile(r".*\.(text|vision)_experts\.(gate|up|down)_proj\.weight")
+_DECODER = re.compile(r"model\.layers\.\d+\..*")
 
 
 @dataclass(frozen=True)
 class Setup:
-    """One rank of a run. `image_tokens` of a micro-batch's tokens are pictures of `picture_patches` each."""
+    """One process of a run. `image_tokens` of a micro-batch's tokens are pictures of `picture_patches` each.
+
+    All processes need the same: degrees divide heads and experts evenly, and slices are padded.
+    """
 
     geometry: ModelConfig
     config: Config
     gpu: bool = True
-    gpus: int = 1
     image_tokens: int = 0
     picture_patches: int = 1024  # 448 x 448 pixels, 256 tokens
-    quantization: str = "none"
 
     @property
     def number(self) -> int:
@@ -56,67 +49,135 @@ class Setup:
         assert not is_auto(self.config.train.recompute)
         return recompute_of(self.config.train.recompute)
 
+    def offloads(self, part: str) -> bool:
+        """Whether activations, optimizer or weights leave the device for the host.
+
+        A CPU's memory is the host's: only weights, which stay in the checkpoint's files there, take none.
+        """
+        return part in offloads_of(self.config.train.offload) and (self.gpu or part == "weights")
+
+    def waits(self, path: str) -> bool:
+        """Whether a parameter of the base is away until its layer works."""
+        return self.offloads("weights") and waits_on_host(path)
+
+    @cached_property
+    def degrees(self) -> Degrees:
+        """How many processes share the work."""
+        parallel = self.config.parallel
+        return Degrees(parallel.data, parallel.expert, parallel.tensor)
+
     @property
-    def offloads(self) -> bool:
-        """Whether what is kept waits on the host. A CPU's memory is the host's, so nothing leaves it."""
-        return self.gpu and self.config.train.offload == "activations"
+    def micro_batches(self) -> int:
+        """Of a step, those of one process."""
+        return self.config.train.accumulation // self.degrees.data
+
+    @property
+    def sequence_part(self) -> int:
+        """By how much a tensor group divides the rows between its products."""
+        return self.degrees.tensor
+
+    @cached_property
+    def local(self) -> ModelConfig:
+        """The geometry of what this process computes with."""
+        return self.degrees.local(self.geometry)
+
+    @cached_property
+    def whole(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter of the base with its shape."""
+        return parameter_shapes(self.geometry)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every parameter of the base with its shape; on several cards experts are one card's share."""
-        shapes = parameter_shapes(self.geometry)
-        if self.gpus == 1:
-            return shapes
-        return {path: self._share(path, shape) for path, shape in shapes.items()}
+        """Every parameter of the base as this process computes with it."""
+        return {path: tuple(self.degrees.local_shape(path, shape)) for path, shape in self.whole.items()}
 
-    def _share(self, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (math.ceil(shape[0] / self.gpus), *shape[1:]) if _ROUTED.fullmatch(path) else shape
+    def sharers(self, path: str) -> int:
+        """Processes that hold the same part of a parameter and read other samples."""
+        return self.degrees.replicas if Part.of(path).expert else self.degrees.data
+
+    def sliced(self, path: str) -> int:
+        """Into how many slices a parameter of the base, or one that trains, is cut between its uses."""
+        moving = path in self.updating
+        gathered = self.config.parallel.sharding == 3 if moving else self.config.parallel.base == "sharded"
+        return self.sharers(path) if gathered and _DECODER.fullmatch(path) else 1
 
     @cached_property
     def adapted(self) -> dict[str, int]:
-        """Path of every adapted layer -> numbers in its two factors."""
+        """Path of every adapted layer -> numbers in this process's part of its two factors."""
+        return {path: sum(map(math.prod, self._factors(path, True).values())) for path in self._chosen}
+
+    @cached_property
+    def adapted_whole(self) -> dict[str, int]:
+        """The same of all processes together."""
+        return {path: sum(map(math.prod, self._factors(path, False).values())) for path in self._chosen}
+
+    @cached_property
+    def _chosen(self) -> list[str]:
         lora = self.config.lora
         if not lora.enabled:
-            return {}
-        spec = LoraSpec(lora.rank, lora.alpha, tuple(lora.targets), tuple(lora.exclude))
-        return {path: self._factors(path) for path in select(self.shapes, spec)}
+            return []
+        return select(self.whole, LoraSpec(lora.rank, lora.alpha, tuple(lora.targets), tuple(lora.exclude)))
 
-    def _factors(self, path: str) -> int:
-        *stack, outputs, inputs = self.shapes[path + ".weight"]
-        return self.config.lora.rank * (outputs + inputs) * math.prod(stack)
+    def _factors(self, path: str, local: bool) -> Shapes:
+        *stack, outputs, inputs = self.whole[path + ".weight"]
+        rank = self.config.lora.rank
+        factors = {f"{path}.lora_A": [*stack, rank, inputs], f"{path}.lora_B": [*stack, outputs, rank]}
+        return {p: self.degrees.local_shape(p, shape) if local else shape for p, shape in factors.items()}
 
     @cached_property
     def trained(self) -> dict[str, int]:
         """Path of every base parameter that trains itself -> numbers in it."""
         if self.config.lora.enabled:
             return {}
-        chosen = choose_trained(self.shapes, self.config.train.trainable)
+        chosen = choose_trained(self.whole, self.config.train.trainable)
         return {path: math.prod(self.shapes[path]) for path in chosen}
+
+    @cached_property
+    def updating(self) -> dict[str, int]:
+        """Path of everything that takes a gradient -> numbers of this process's part, before any slicing."""
+        factors = (self._factors(path, True).items() for path in self._chosen)
+        return {path: math.prod(shape) for found in factors for path, shape in found} | self.trained
 
     @property
     def trains_before_layers(self) -> bool:
-        """Whether the first decoder layer's input asks for a gradient."""
+        """Whether the first decoder layer's input asks for a gradient; in several processes it always does."""
         before = ("vision_model.", "model.resampler_model.") if self.image_tokens else ()
-        return any(
-            path.startswith((*before, "model.embed_tokens.")) for path in (*self.adapted, *self.trained)
-        )
+        trains = any(path.startswith((*before, "model.embed_tokens.")) for path in self.updating)
+        return trains or self.degrees.world > 1
 
     @property
     def trains_vision(self) -> bool:
         """Whether the backward pass goes through the vision tower."""
-        return any(path.startswith("vision_model.") for path in (*self.adapted, *self.trained))
+        return any(path.startswith("vision_model.") for path in self.updating)
 
-    def stored(self, path: str, shape: tuple[int, ...]) -> float:
-        """Bytes of a base parameter."""
-        size = math.prod(shape)
+    def stored(self, path: str) -> float:
+        """Bytes of this process's part of a base parameter."""
+        shape = self.shapes[path]
         if ".router." in path:
-            return 4 * size
-        if self.quantization == "none" or not _QUANTISED.fullmatch(path):
-            return self.number * size
-        scheme = self.quantization
-        if scheme == "mixed":
-            scheme = "wint4" if _ROUTED.fullmatch(path) else "wint8"
-        return BYTES_PER_WEIGHT[scheme] * size
+            return 4.0 * math.prod(shape)
+        form = None if self._scheme is None else self._form(path, self._scheme)
+        return float(self.number * math.prod(shape) if form is None else form.nbytes(shape))
+
+    @cached_property
+    def _scheme(self) -> Scheme | None:
+        """A CPU, which computes in fp32, keeps in bfloat16 what has no codes; published weights are that."""
+        name = self.config.model.quantization
+        if name == "none":
+            return None
+        return TRAINING[name].keeping_the_rest() if self.gpu else TRAINING[name]
+
+    def _form(self, path: str, scheme: Scheme) -> Form | None:
+        layer, _, last = path.rpartition(".")
+        held = last == "weight" and len(self.whole[path]) > 1
+        return form_of(layer, self.whole[path], scheme, {}) if held else None
+
+    @cached_property
+    def widened(self) -> float:
+        """Bytes of the largest matrix that a product makes of codes, one at a time."""
+        if self._scheme is None:
+            return 0.0
+        found = (path for path in self.shapes if _DECODER.fullmatch(path) and path.endswith("proj.weight"))
+        return self.number * float(max(math.prod(self.shapes[path][-2:]) for path in found))
 
     def changed(self, **changes: object) -> Setup:
         """The same with other values, named section__key for a key of the configuration."""
@@ -129,18 +190,15 @@ class Setup:
         return replace(self, config=config, **own)  # type: ignore[arg-type]
 
 
-def setup_of(config: Config, geometry: ModelConfig, gpu: bool = True, gpus: int = 1) -> Setup:
+def setup_of(config: Config, geometry: ModelConfig, gpu: bool = True) -> Setup:
     """The setup of a configuration; half of a row's tokens are taken for pictures where the model sees.
 
-    ConfigError when train.recompute names a part that the model does not have.
+    ConfigError when train.recompute names a part that the model does not have, or when the model cannot be
+    divided as `parallel` says.
     """
     if "moe" in config.train.recompute.split("+") and not geometry.pools:
         raise ConfigError("train.recompute: names moe, but this model has no experts; leave it out")
     images = config.train.rows * config.data.max_length // 2 if geometry.is_vl else 0
-    quantization = vars(config.model).get("quantization", "none")
-    return Setup(geometry, config, gpu, gpus, images, quantization=str(quantization))
-
-
-def quantizes() -> bool:
-    """Whether this version has a key for quantised weights."""
-    return "model.quantization" in key_paths()
+    setup = Setup(geometry, config, gpu, images)
+    setup.degrees.check(geometry)
+    return setup

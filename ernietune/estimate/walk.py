@@ -5,13 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ernietune.estimate.activations import (
-    Block,
-    Half,
-    decoder_block,
-    gradients_under,
-    vision_block,
-)
+from ernietune.estimate.activations import Block, Half, decoder_block, vision_block
+from ernietune.estimate.holdings import layer_in_use, publishing, shared, static_parts, summing
 from ernietune.estimate.setup import Setup
 from ernietune.memory_modes import Recompute
 
@@ -69,35 +64,35 @@ class Walk:
 def walk(setup: Setup) -> Walk:
     """The moments of an optimizer step that is not the first: the moments of Adam are there."""
     found = Walk(static_parts(setup), kept=masks(setup))
-    every = gradients_under(setup, "")
-    again = setup.config.train.accumulation > 1  # later micro-batches add to gradients that lie there
+    trains = shared(setup)
+    every = sum(one.waiting for one in trains)
+    again = setup.micro_batches > 1  # later micro-batches add to gradients that lie there
+    sliced = setup.config.parallel.sharding >= 2  # and then only slices lie there, beside a whole new set
     found.gradients = every if again else 0.0
     vision = _vision_forward(found, setup)
     layers = range(setup.geometry.num_hidden_layers)
     blocks = [(index, decoder_block(setup, index)) for index in layers]
     _forward(found, setup, blocks)
-    _loss(found, setup, again)
-    _backward(found, setup, blocks, again)
-    _vision_backward(found, setup, vision, again)
-    found.kept, found.gradients = 0.0, every
-    found.note("optimizer step", working_memory=_update(setup))
+    _loss(found, setup, again and not sliced)
+    _backward(found, setup, blocks, again and not sliced)
+    _vision_backward(found, setup, vision, again and not sliced)
+    _after(found, setup, again and sliced)
     return found
 
 
-def static_parts(setup: Setup) -> dict[str, float]:
-    """What lies in memory all the time."""
-    weights = {path: setup.stored(path, shape) for path, shape in setup.shapes.items()}
-    adapters = sum(setup.adapted.values())
-    trained = sum(setup.trained.values())
-    moments = 8.0 * (adapters + trained) + (4.0 * trained if setup.number == 2 else 0.0)
-    tower = sum(size for path, size in weights.items() if path.startswith("vision_model."))
-    return {
-        "weights": sum(weights.values()) - tower,
-        "vision weights": tower,
-        "adapters": 4.0 * adapters,
-        "optimizer": moments,
-        "communication": _communication(setup),
-    }
+def _after(found: Walk, setup: Setup, sliced: bool) -> None:
+    """Sums over the processes, the update, and its publication."""
+    trains = shared(setup)
+    found.kept = 0.0
+    found.gradients = sum(
+        one.gradient + (one.waiting if sliced and not one.sliced else 0.0) for one in trains
+    )
+    if setup.degrees.world > 1:
+        found.note("sum of gradients", communication=summing(setup))
+    found.gradients = sum(one.size * (one.slice if one.stage else one.numbers) for one in trains)
+    found.note("optimizer step", working_memory=_update(setup))
+    found.gradients = 0.0
+    found.note("publication", communication=publishing(setup))
 
 
 def masks(setup: Setup) -> float:
@@ -105,18 +100,9 @@ def masks(setup: Setup) -> float:
     return 8.0 * setup.tokens if setup.gpu else 4.0 * setup.tokens**2 / 2
 
 
-def _communication(setup: Setup) -> float:
-    """Sent and received rows of the experts of one layer, and one copy of the gradients to add up."""
-    if setup.gpus == 1:
-        return 0.0
-    g = setup.geometry
-    rows = setup.tokens * g.moe_k * g.hidden_size * setup.number if g.pools else 0
-    return 2.0 * rows + gradients_under(setup, "")
-
-
 def _kept(setup: Setup, half: Half, whole: bool, first: bool) -> float:
     """What a half keeps between the passes."""
-    if setup.offloads:
+    if setup.offloads("activations"):
         return 0.0
     mode: Recompute = setup.recompute
     if whole:
@@ -132,13 +118,13 @@ def _kept(setup: Setup, half: Half, whole: bool, first: bool) -> float:
 
 def _whole(setup: Setup, index: int, block: Block) -> tuple[bool, float]:
     """Whether a block is recomputed as a whole, and its input, which is kept then in any case."""
-    return setup.recompute.whole(index), block.attention.norm
+    return setup.recompute.whole(index), block.width
 
 
 def _block_kept(setup: Setup, index: int, block: Block) -> float:
     whole, width = _whole(setup, index, block)
     if whole:
-        return 0.0 if setup.offloads else width
+        return 0.0 if setup.offloads("activations") else width
     return _kept(setup, block.attention, False, True) + _kept(setup, block.mlp, False, False)
 
 
@@ -148,10 +134,19 @@ def _forward(found: Walk, setup: Setup, blocks: list[tuple[int, Block]]) -> None
         attention, mlp = block.attention, block.mlp
         # Recomputed regions keep nothing of what they pass by, only the rows of the moment.
         inside = 0.0 if whole else attention.full
-        found.note("forward", working_memory=inside + attention.forward + width)
+        in_use = _brought(found, setup, index)
+        found.note("forward", working_memory=inside + attention.forward + width, layers_in_use=in_use)
         within = attention.forward if whole else mlp.full
-        found.note("forward", working_memory=inside + within + mlp.forward + width)
+        found.note("forward", working_memory=inside + within + mlp.forward + width, layers_in_use=in_use)
         found.kept += _block_kept(setup, index, block)
+
+
+def _brought(found: Walk, setup: Setup, index: int) -> float:
+    """Bytes of a layer that comes for its work; the moment in which it is put together is noted."""
+    in_use, more = layer_in_use(setup, f"model.layers.{index}.")
+    if in_use:
+        found.note("bringing a layer", layers_in_use=in_use + more)
+    return in_use
 
 
 def _backward(found: Walk, setup: Setup, blocks: list[tuple[int, Block]], again: bool) -> None:
@@ -160,8 +155,9 @@ def _backward(found: Walk, setup: Setup, blocks: list[tuple[int, Block]], again:
         before = block.attention.full
         if not _whole(setup, index, block)[0] and setup.recompute.parts:
             before = _kept(setup, block.attention, False, True)
+        in_use = _brought(found, setup, index)
         for name, working in _backward_of(block, before):
-            found.note(name, working_memory=working)
+            found.note(name, working_memory=working, layers_in_use=in_use)
         if not again:
             found.gradients += block.gradients
 
@@ -176,7 +172,7 @@ def _vision_forward(found: Walk, setup: Setup) -> list[tuple[int, Block]]:
     if vision is None or not setup.image_tokens:
         return []
     blocks = [(index, vision_block(setup, index)) for index in range(vision.depth)]
-    width = blocks[0][1].attention.norm
+    width = blocks[0][1].width
     for index, block in blocks:
         for half in (block.attention, block.mlp):
             inside = half.full if setup.trains_vision else 0.0
@@ -192,7 +188,7 @@ def _vision_forward(found: Walk, setup: Setup) -> list[tuple[int, Block]]:
 def _vision_backward(found: Walk, setup: Setup, blocks: list[tuple[int, Block]], again: bool) -> None:
     if not setup.trains_vision:
         return
-    found.tower -= RESAMPLER * blocks[0][1].attention.norm
+    found.tower -= RESAMPLER * blocks[0][1].width
     for index, block in reversed(blocks):
         found.tower -= _block_kept(setup, index, block)
         for name, working in _backward_of(block, block.attention.full):
@@ -229,6 +225,5 @@ def _chunks(tokens: int, rows: int) -> tuple[float, float]:
 
 
 def _update(setup: Setup) -> float:
-    """Temporary numbers of the optimizer: of the largest parameter, twice."""
-    sizes = [*setup.adapted.values(), *setup.trained.values()]
-    return 4.0 * max(sizes, default=0)
+    """Temporary numbers of the optimizer, in fp32: of the largest parameter."""
+    return 4.0 * max((one.slice for one in shared(setup)), default=0)

@@ -99,9 +99,9 @@ def _token_parts(g: ModelConfig, setup: Setup) -> dict[str, float]:
 def _adapter_numbers(setup: Setup) -> float:
     """Numbers of the adapters that a token meets: of routed experts only those that are chosen."""
     g, found = setup.geometry, 0.0
-    for path, size in setup.adapted.items():
+    for path, size in setup.adapted_whole.items():
         routed = path.split(".")[-2] in ("text_experts", "vision_experts")
-        found += size * g.moe_k / setup.shapes[path + ".weight"][0] if routed else size
+        found += size * g.moe_k / setup.whole[path + ".weight"][0] if routed else size
     return found
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 # How many columns share a scale, the largest that divides the width; int4 codes also know 128.
 _GROUPS = {"int": (128, 64, 32), "nf4": (64, 32)}
-_BLOCK = 128  # FP8 has a scale for 128 x 128 numbers
+FP8_BLOCK = 128  # FP8 has a scale for 128 x 128 numbers
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Form:
         if self.bits == 16:
             return 2 * count
         if self.kind == "fp8":
-            return count + 4 * math.prod(front) * -(-outputs // _BLOCK) * -(-inputs // _BLOCK)
+            return count + 4 * math.prod(front) * -(-outputs // FP8_BLOCK) * -(-inputs // FP8_BLOCK)
         return count * self.bits // 8 + 4 * rows * (1 if self.bits == 8 else inputs // self.group)
 
 

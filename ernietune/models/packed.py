@@ -6,7 +6,7 @@ training: `convert` swaps them in before a loader fills the model, so the wide w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import paddle.nn.functional as F
@@ -110,15 +110,20 @@ def _filled(stored: Stored | None) -> Stored:
     return stored
 
 
-def convert(model: CausalLM, scheme: Scheme) -> list[str]:
+def convert(
+    model: CausalLM, scheme: Scheme, whole_shape: Callable[[str, list[int]], Sequence[int]] | None = None
+) -> list[str]:
     """Put packed layers in the place of the plain ones; return a sentence for each departure from `scheme`.
 
     The output head becomes a layer of its own, also where it is the embedding, unless it stays as it is.
+    `whole_shape` gives the shape of a parameter of which this model has a part: the form is the whole's.
     """
     notes: dict[str, str] = {}
     for path, layer in list(model.named_sublayers()):
         if isinstance(layer, (Linear, ExpertLinear, Embedding)):
-            form = form_of(path, tuple(layer.weight.shape), scheme, notes)
+            shape = layer.weight.shape
+            whole = whole_shape(f"{path}.weight", shape) if whole_shape else shape
+            form = form_of(path, tuple(whole), scheme, notes)
             if form is not None:
                 _replace(model, path, _packed(layer, form))
     if model.lm_head is None and scheme.head:

@@ -1,4 +1,4 @@
-"""What a run cost each process, counted: memory, bytes sent; and what a step should send, by formula."""
+"""What a run cost each process, counted: memory, bytes sent. `traffic` has what a step should send."""
 
 from __future__ import annotations
 
@@ -11,6 +11,19 @@ from paddle.base import core
 
 from ernietune.parallel.collectives import all_gather
 from ernietune.parallel.team import Team
+from ernietune.parallel.traffic import StepTraffic, exchange_bytes, gradient_bytes, tensor_bytes
+
+__all__ = [
+    "Account",
+    "StepTraffic",
+    "all_accounts",
+    "exchange_bytes",
+    "gradient_bytes",
+    "held_memory",
+    "lines",
+    "peak_memory",
+    "tensor_bytes",
+]
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
 
@@ -56,42 +69,3 @@ def lines(accounts: Sequence[Account]) -> list[str]:
         + (", ".join(f"{kind} {n / 2**20:.2f} MiB" for kind, n in account.sent.items() if n) or "nothing")
         for rank, account in enumerate(accounts)
     ]
-
-
-@dataclass(frozen=True)
-class StepTraffic:
-    """The terms of the formulas: numbers that train, as one process holds them, and its tokens.
-
-    `common` are summed over the data group, `experts` over the replicas; `tokens` are those of all
-    micro-batches of the process, `chosen` the experts a token goes to.
-    """
-
-    common: int = 0
-    experts: int = 0
-    tokens: float = 0
-    width: int = 0
-    layers: int = 0
-    moe_layers: int = 0
-    chosen: int = 0
-
-
-def gradient_bytes(step: StepTraffic, data: int, replicas: int, size: int = 4) -> float:
-    """Sent by one process to sum its gradients once, as a ring does it: 2 (n - 1) / n of their size."""
-    return 2 * size * (step.common * (data - 1) / data + step.experts * (replicas - 1) / replicas)
-
-
-def exchange_bytes(step: StepTraffic, expert: int, passes: int = 4, size: int = 4) -> float:
-    """Sent to other processes' experts and back, when experts are chosen evenly.
-
-    Four passes: there and back, in the forward and in the backward pass; six with recompute.
-    """
-    rows = step.tokens * step.chosen * (expert - 1) / expert
-    return passes * rows * step.width * size * step.moe_layers
-
-
-def tensor_bytes(step: StepTraffic, tensor: int, sums: int = 4, size: int = 4) -> float:
-    """Sent to sum activations: two sums a layer in the forward and two in the backward pass.
-
-    Six with recompute, which runs the forward ones again.
-    """
-    return sums * step.layers * 2 * (tensor - 1) / tensor * step.tokens * step.width * size

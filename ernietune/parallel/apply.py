@@ -18,7 +18,7 @@ from ernietune.models.config import ModelConfig
 from ernietune.models.decoder import CausalLM, DecoderLayer
 from ernietune.models.moe import MoE, Router
 from ernietune.parallel import recompute
-from ernietune.parallel.blocks import Block
+from ernietune.parallel.blocks import Block, Waiting
 from ernietune.parallel.collectives import copied, summed
 from ernietune.parallel.experts import DividedExperts
 from ernietune.parallel.team import Team
@@ -62,16 +62,21 @@ def apply(
     base_sharded: bool,
     recomputed: Recompute,
     offload: bool = False,
+    waiting: Waiting | None = None,
 ) -> Trained:
-    """Put everything around `model`, adapters included; what trains, as this process holds it."""
+    """Put everything around `model`, adapters included; what trains, as this process holds it.
+
+    `waiting` are frozen weights that are on the host until their layer works.
+    """
     blocks = []
     for number, layer in enumerate(model.model.layers):
         if team.expert.size > 1 and isinstance(layer.mlp, MoE):
             _forward_by(layer.mlp, DividedExperts(layer.mlp, team).forward)
         if team.tensor.size > 1:
             _divide_products(layer, team)
-        if stage == 3 or base_sharded:
-            block = Block(f"model.layers.{number}", layer, team, trained=stage == 3, frozen=base_sharded)
+        if stage == 3 or base_sharded or waiting is not None:
+            path = f"model.layers.{number}"
+            block = Block(path, layer, team, trained=stage == 3, frozen=base_sharded, waiting=waiting)
             layer.forward = block.around(layer.forward)
             blocks.append(block)
     recompute.apply(model, recomputed, offload)

@@ -6,8 +6,9 @@ and again while its backward pass does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import paddle
@@ -18,7 +19,20 @@ from ernietune.models.layers import ExpertLinear, parameter
 from ernietune.parallel import slices
 from ernietune.parallel.collectives import Group
 from ernietune.parallel.degrees import Part
+from ernietune.parallel.host_memory import Fetch, WaitingLayers
 from ernietune.parallel.team import Team
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Frozen weights on the host, by the path they have without adapters, and the layers they come in."""
+
+    weights: Mapping[str, Fetch]
+    layers: WaitingLayers = field(default_factory=WaitingLayers)
+
+    def of(self, path: str) -> Fetch | None:
+        """What fetches a parameter; None for one that is here. `base` is an adapter's own layer."""
+        return self.weights.get(path.replace(".base.weight", ".weight"))
 
 
 class _Bundle:
@@ -64,13 +78,43 @@ class _Gather(PyLayer):
         return (grad_x, *ctx.block.reduce(list(gradients)))
 
 
-class Block:
-    """One layer whose trained parameters (`trained`, slices by path) or frozen ones are gathered in use."""
+class _FromHost:
+    """Frozen parameters of one layer that wait on the host; their room here is given up."""
 
-    def __init__(self, prefix: str, layer: nn.Layer, team: Team, trained: bool, frozen: bool) -> None:
+    def __init__(
+        self, homes: list[tuple[nn.Layer, str]], fetches: list[Fetch], layers: WaitingLayers
+    ) -> None:
+        self.homes, self.layers, self.number = homes, layers, layers.add(fetches)
+        for home, name in homes:
+            home._parameters[name]._clear_data()
+
+    def gather(self) -> list[Tensor]:
+        """The whole parameters."""
+        return self.layers.take(self.number)
+
+
+class Block:
+    """One layer whose trained parameters (`trained`, slices by path) or frozen ones are gathered in use.
+
+    Or fetched: `waiting` are frozen ones that are not there, by path.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        layer: nn.Layer,
+        team: Team,
+        trained: bool,
+        frozen: bool,
+        waiting: Waiting | None = None,
+    ) -> None:
         bundles: dict[tuple[bool, int, str], _Bundle] = {}
         self.team = team
+        absent: list[tuple[tuple[nn.Layer, str], Fetch]] = []
         for path, home, name in _parameters(layer, prefix):
+            if waiting is not None and (fetch := waiting.of(path)) is not None:
+                absent.append(((home, name), fetch))
+                continue
             whole = home._parameters[name]
             group = team.replica if Part.of(path).expert else team.data
             if group.size == 1 or not (frozen if whole.stop_gradient else trained):
@@ -78,7 +122,10 @@ class Block:
             key = (bool(whole.stop_gradient), id(group), str(whole.dtype))
             bundles.setdefault(key, _Bundle(group)).add(path, home, name)
         self.bundles = [bundle for (still, *_), bundle in bundles.items() if not still]
-        self.frozen = [bundle for (still, *_), bundle in bundles.items() if still]
+        self.frozen: list[_Bundle | _FromHost] = [b for (still, *_), b in bundles.items() if still]
+        if waiting is not None and absent:
+            homes, fetches = (list(some) for some in zip(*absent, strict=True))
+            self.frozen.append(_FromHost(homes, fetches, waiting.layers))
         self._stacks = [sub for sub in layer.sublayers() if isinstance(sub, ExpertLinear)]
         self._reached: set[str] = set()
 

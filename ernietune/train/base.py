@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import paddle
@@ -11,12 +12,13 @@ import yaml
 from ernietune.checkpoint import state
 from ernietune.checkpoint.load import load_model
 from ernietune.checkpoint.packed import load_packed, stored_dtype
-from ernietune.config import Config
+from ernietune.checkpoint.waiting import load_waiting
 from ernietune.errors import CheckpointError, ConfigError
 from ernietune.models.config import ModelConfig
 from ernietune.models.decoder import CausalLM
 from ernietune.models.forms import TRAINING
 from ernietune.models.packed import stored_bytes
+from ernietune.parallel.blocks import Waiting
 from ernietune.parallel.degrees import Holding
 from ernietune.train.log import console
 
@@ -24,17 +26,24 @@ NONE = "none"
 _LEAST_FOR_FP8 = (8, 9)
 
 
-def require_undivided(config: Config) -> None:
-    """ConfigError for a base in codes that is to be divided among processes; data parallelism does not."""
-    parallel = config.parallel
-    divided = (
-        parallel.expert > 1 or parallel.tensor > 1 or parallel.sharding == 3 or parallel.base == "sharded"
-    )
-    if config.model.quantization != NONE and divided:
-        raise ConfigError(
-            f"model.quantization: a base held as {config.model.quantization} is not divided among processes; "
-            "use parallel.data with parallel.sharding up to 2, or quantization: none"
-        )
+@dataclass(frozen=True)
+class Base:
+    """The model, and what of it is not there but waits on the host."""
+
+    model: CausalLM
+    waiting: Waiting | None = None
+
+
+def waiting_base(
+    folder: Path,
+    geometry: ModelConfig,
+    dtype: str,
+    build: Callable[[ModelConfig, str], CausalLM],
+    holding: Holding,
+) -> Base:
+    """The model of a checkpoint folder for `train.offload: weights`."""
+    model, fetches = load_waiting(folder, dtype, geometry, build, holding)
+    return Base(model, Waiting(fetches))
 
 
 def load_base(
@@ -58,7 +67,7 @@ def load_base(
     scheme = TRAINING[quantization]
     if not on_cpu or stored_dtype(folder, geometry) != "BF16":
         scheme = scheme.keeping_the_rest()
-    model, notes = load_packed(folder, scheme, geometry, dtype)
+    model, notes = load_packed(folder, scheme, geometry, dtype, build, holding)
     for note in notes:
         console.print(f"{quantization}: {note}")
     console.print(f"the frozen base is held as {quantization}: {stored_bytes(model) / 1e9:.3f} GB")

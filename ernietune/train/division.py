@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 from rich.table import Table
 
+from ernietune.checkpoint.names import parameter_shapes
 from ernietune.config import Config
+from ernietune.errors import ConfigError
 from ernietune.models.config import ModelConfig
+from ernietune.models.forms import FP8_BLOCK, TRAINING, Scheme, form_of
 from ernietune.parallel.degrees import Degrees, Holding, Part
 from ernietune.targets import LoraSpec, Shapes, choose_trained, select
 from ernietune.train.log import console
@@ -19,6 +23,36 @@ _LAYER = re.compile(r"model\.layers\.\d+\..*")
 def degrees_of(config: Config) -> Degrees:
     """The degrees of a configuration."""
     return Degrees(config.parallel.data, config.parallel.expert, config.parallel.tensor)
+
+
+def check_division(config: Config, geometry: ModelConfig) -> None:
+    """ConfigError when the model cannot be divided as `parallel` says, in the form that its base has."""
+    degrees, form = degrees_of(config), config.model.quantization
+    degrees.check(geometry)
+    if form == "none" or degrees.tensor == 1:
+        return
+    for path, shape in parameter_shapes(geometry).items():
+        axis = Part.of(path).tensor
+        multiple = _codes_of(path, shape, TRAINING[form], axis)
+        if axis is not None and shape[axis] // degrees.tensor % multiple:
+            layer, what = path.split(".")[-2], "inputs" if axis == -1 else "outputs"
+            raise ConfigError(
+                f"parallel.tensor: each of {degrees.tensor} processes would have "
+                f"{shape[axis] // degrees.tensor} of the {shape[axis]} {what} of {layer}, but a base held as "
+                f"{form} has a scale for {multiple} of them together; use another degree, or "
+                "model.quantization: wint8"
+            )
+
+
+def _codes_of(path: str, shape: Sequence[int], scheme: Scheme, axis: int | None) -> int:
+    """How many neighbours along an axis of a weight have one scale, and so cannot be parted."""
+    layer, _, last = path.rpartition(".")
+    form = form_of(layer, shape, scheme, {}) if last == "weight" and len(shape) > 1 else None
+    if form is None or form.bits == 16:
+        return 1
+    if form.kind == "fp8":
+        return FP8_BLOCK
+    return form.group if form.group and axis == -1 else 1
 
 
 def trained_shapes(shapes: Shapes, config: Config, spec: LoraSpec | None) -> dict[str, list[int]]:
@@ -56,7 +90,7 @@ def updated_numbers(trained: Shapes, degrees: Degrees, stage: int) -> int:
 def print_division(config: Config, geometry: ModelConfig, shapes: Shapes, spec: LoraSpec | None) -> None:
     """The processes of a run, and what each holds; ConfigError when the model cannot be divided so."""
     degrees, parallel = degrees_of(config), config.parallel
-    degrees.check(geometry)
+    check_division(config, geometry)
     if degrees.world == 1:
         return
     trained = trained_shapes(shapes, config, spec)

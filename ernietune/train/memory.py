@@ -9,7 +9,7 @@ import paddle
 from ernietune.config import Config
 from ernietune.estimate.report import estimate, resolved
 from ernietune.estimate.setup import GIB, Setup, setup_of
-from ernietune.memory_modes import budget_of, is_auto
+from ernietune.memory_modes import budget_of, is_auto, offloads_of
 from ernietune.models.config import ModelConfig
 from ernietune.train.log import console
 
@@ -20,11 +20,8 @@ def settled(config: Config, geometry: ModelConfig) -> Setup:
     Told are what auto has chosen, and that a CPU's memory is the host's already.
     """
     gpu = paddle.device.get_device().startswith("gpu")
-    if config.train.offload != "none" and not gpu:
-        console.print(
-            f"train.offload: {config.train.offload} saves nothing on a CPU, whose memory is the host's; "
-            "the copies are made all the same"
-        )
+    if not gpu:
+        _say_what_offload_is_worth(offloads_of(config.train.offload))
     setup = setup_of(config, geometry, gpu)
     if not is_auto(config.train.recompute):
         return setup
@@ -35,6 +32,17 @@ def settled(config: Config, geometry: ModelConfig) -> Setup:
     name = chosen.config.train.recompute
     console.print(f"train.recompute: auto is {name} here: {needed:.1f} GiB of {budget:.1f} GiB, {verdict}")
     return chosen
+
+
+def _say_what_offload_is_worth(parts: frozenset[str]) -> None:
+    """On a CPU."""
+    if idle := sorted(parts - {"weights"}):
+        console.print(
+            f"train.offload: {'+'.join(idle)} saves nothing on a CPU, whose memory is the host's; "
+            "the copies are made all the same"
+        )
+    if "weights" in parts:
+        console.print("train.offload: weights stay in the checkpoint's files and are read whenever they work")
 
 
 def available(gpu: bool) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from paddle import Tensor, nn
 
 from ernietune.config import TrainSection
 from ernietune.errors import ConfigError
+from ernietune.parallel.host_memory import ON_HOST, HostCopy, at
 from ernietune.parallel.trained import Trained
 from ernietune.targets import PARAMETER_GROUPS, matches_group
 
@@ -65,16 +67,23 @@ class Optimizer:
         train: TrainSection,
         plus_ratio: float = 1.0,
         trained: Trained | None = None,
+        on_host: bool = False,
     ) -> None:
-        """`trained` is what `parallel.apply` gave; by default all that trains, in one process."""
+        """`trained` is what `parallel.apply` gave; by default all that trains, in one process.
+
+        With `on_host` moments and an fp32 copy of the parameters live in host memory, where the update runs.
+        """
         self.trained = trained or Trained(model)
         self.parameters = self.trained.updated
+        self.host = HostCopy(self.parameters) if on_host else None
+        stepped = self.parameters if self.host is None else self.host.copies
         groups: dict[float, list[Tensor]] = {}
         for path, ratio in rate_ratios(self.parameters, train.rate_ratios, plus_ratio).items():
-            groups.setdefault(ratio, []).append(self.parameters[path])
+            groups.setdefault(ratio, []).append(stepped[path])
         # Matrices only: biases and norms, whatever they are called, keep their scale.
-        decayed = {self.parameters[path].name for path, s in self.trained.shapes.items() if len(s) > 1}
-        low_precision = any(p.dtype in (paddle.bfloat16, paddle.float16) for p in self.parameters.values())
+        decayed = {stepped[path].name for path, s in self.trained.shapes.items() if len(s) > 1}
+        low_precision = any(p.dtype in (paddle.bfloat16, paddle.float16) for p in stepped.values())
+        self._names = {path: p.name for path, p in stepped.items()}
         self.clip_norm = train.clip_norm
         self.adamw = paddle.optimizer.AdamW(
             learning_rate=train.learning_rate,
@@ -91,7 +100,8 @@ class Optimizer:
         """Clip, update and forget the gradients; return the norm they had before clipping."""
         norm = self._clipped(float("inf") if self.clip_norm is None else self.clip_norm)
         self.adamw.set_lr(rate)
-        self.adamw.step()
+        with nullcontext() if self.host is None else self.host.working():
+            self.adamw.step()
         self.adamw.clear_grad(set_to_zero=False)
         self.trained.publish()
         return norm
@@ -109,14 +119,18 @@ class Optimizer:
         """Continue from what `weights` returned."""
         for path in self.parameters:
             self.trained.set_whole(path, weights[path])
+        if self.host is not None:
+            self.host.follow()
         self.trained.publish()
 
     def state(self) -> dict[str, np.ndarray]:
         """Moments and powers as `path::moment`, whole, for a checkpoint; every process must call."""
-        by_name = {p.name: path for path, p in self.parameters.items()}
+        by_name = {name: path for path, name in self._names.items()}
         found = {(by_name[owner], kind): tensor for owner, kind, tensor in self._accumulators()}
+        if self.host is not None:
+            found |= {(path, MASTER): copy for path, copy in self.host.masters.items()}
         return {
-            f"{path}::{kind}": self.trained.whole(path, found[path, kind])
+            f"{path}::{kind}": self.trained.whole(path, at(found[path, kind], self.parameters[path].place))
             if _is_divided(kind)
             else found[path, kind].numpy()
             for path, kind in sorted(found)  # one order on all processes
@@ -127,20 +141,27 @@ class Optimizer:
 
         A parameter that had no gradient yet, such as a vision adapter before the first picture, has no state.
         """
-        names = {path: p.name for path, p in self.parameters.items()}
+        names = self._names
         renamed: dict[str, Any] = {"master_weights": {}}
         for key, values in state.items():
             path, _, kind = key.partition("::")
             tensor = self.trained.part(path, values) if _is_divided(kind) else paddle.to_tensor(values)
-            if kind == MASTER:
+            if kind == MASTER and self.host is not None:
+                self.host.copies[path].set_value(tensor)
+            elif kind == MASTER:
                 renamed["master_weights"][names[path]] = tensor
             else:
                 renamed[f"{names[path]}_{kind}"] = tensor
+        if self.host is not None:
+            renamed = {
+                key: at(value, ON_HOST) if isinstance(value, Tensor) else value
+                for key, value in renamed.items()
+            }
         self.adamw.set_state_dict(renamed)
 
     def _accumulators(self) -> Iterator[tuple[str, str, Tensor]]:
         """(parameter name, kind, tensor); Paddle joins the first two with an underscore."""
-        owners = sorted((p.name for p in self.parameters.values()), key=len, reverse=True)
+        owners = sorted(self._names.values(), key=len, reverse=True)
         state = self.adamw.state_dict()
         for owner, tensor in state.pop("master_weights", {}).items():
             yield owner, MASTER, tensor

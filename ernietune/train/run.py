@@ -30,7 +30,7 @@ from ernietune.data.stream import Stream, StreamOptions, count_batches, sample_l
 from ernietune.errors import ConfigError, ErnietuneError
 from ernietune.estimate.report import estimate
 from ernietune.lora import inject, unfreeze
-from ernietune.memory_modes import Recompute
+from ernietune.memory_modes import Recompute, offloads_of
 from ernietune.models.decoder import CausalLM
 from ernietune.parallel import accounts
 from ernietune.parallel import apply as parallelism
@@ -40,7 +40,7 @@ from ernietune.parallel.trained import Trained
 from ernietune.train import base, loop, memory, plan, reference
 from ernietune.train.answers import Answers
 from ernietune.train.answers import held_out as held_out_questions
-from ernietune.train.division import degrees_of
+from ernietune.train.division import check_division, degrees_of
 from ernietune.train.dpo import dpo
 from ernietune.train.frozen_adapter import FrozenAdapter
 from ernietune.train.log import console
@@ -54,7 +54,6 @@ def main(config: Config) -> Path:
     # 1. The run folder, before anything slow.
     folder = prepare_folder(config)
     base.require_same_form(folder, config.model.quantization)
-    base.require_undivided(config)
     degrees = degrees_of(config)
     require_started(degrees)
     # 2. The checkpoint's words and pixels, then the data: mistakes there are found before weights are read.
@@ -62,7 +61,7 @@ def main(config: Config) -> Path:
     name = plan.named_reference(config)
     named = None if name is None else adapter_at(name, start.base)
     processor = processor_of(config, start.base)
-    degrees.check(processor.config)
+    check_division(config, processor.config)
     setup = memory.settled(config, processor.config)
     train_set = training_records(config, processor)
     held_out = records_of(config, config.data.eval, processor) if config.data.eval else None
@@ -70,10 +69,11 @@ def main(config: Config) -> Path:
     # 3. The other processes, the model or this one's part of it, and what of it trains.
     team = Team.of(degrees)
     dtype = compute_dtype(config.model.dtype)
-    model = undivided_or_part(config, start, processor, team, dtype)
+    held = undivided_or_part(config, start, processor, team, dtype)
+    model = held.model
     frozen = None if named is None else FrozenAdapter(model, named)
     choose_trainable(model, config, start, team)
-    trained = divide(model, config, team, setup.recompute)
+    trained = divide(held, config, team, setup.recompute)
     options = stream_options(config)
     if config.dpo.reference == "precomputed":
         attach_references(model, config, options, start, {"train": train_set, "eval": held_out}, team)
@@ -94,7 +94,7 @@ def main(config: Config) -> Path:
         team=team,
     )
     loop.restore(run)
-    held = accounts.held_memory()
+    at_the_start = accounts.held_memory()
     announce(run, train_set, dtype)
     console.print(estimate(setup).line())
     with needing_space(folder):
@@ -106,35 +106,43 @@ def main(config: Config) -> Path:
             run.stream.close()
             if team.is_main:
                 report_dropped(run)
-    report_processes(team, held, folder)
+    report_processes(team, at_the_start, folder)
     console.print(f"done: {folder / 'checkpoints' / state.pointers(folder).get('last', '')}")
     return folder
 
 
 def optimizer_of(model: CausalLM, config: Config, trained: Trained) -> Optimizer:
     """AdamW over what trains; LoRA+ gives B a rate of its own."""
-    return Optimizer(model, config.train, config.lora.plus_ratio if config.lora.enabled else 1.0, trained)
+    ratio = config.lora.plus_ratio if config.lora.enabled else 1.0
+    on_host = "optimizer" in offloads_of(config.train.offload)
+    return Optimizer(model, config.train, ratio, trained, on_host)
 
 
-def undivided_or_part(config: Config, start: Start, processor: Processor, team: Team, dtype: str) -> CausalLM:
+def undivided_or_part(
+    config: Config, start: Start, processor: Processor, team: Team, dtype: str
+) -> base.Base:
     """The model, or what this process holds of it; the table of what trains is printed."""
     paddle.seed(config.train.seed)
     build = partial(parallelism.build, team=team)
-    form = config.model.quantization
-    model = base.load_base(start.base, processor.config, dtype, form, build, team.holding)
+    if "weights" in offloads_of(config.train.offload):
+        found = base.waiting_base(start.base, processor.config, dtype, build, team.holding)
+    else:
+        form = config.model.quantization
+        found = base.Base(base.load_base(start.base, processor.config, dtype, form, build, team.holding))
     plan.print_table(parameter_shapes(processor.config), config)
-    return model
+    return found
 
 
-def divide(model: CausalLM, config: Config, team: Team, recomputed: Recompute) -> Trained:
+def divide(held: base.Base, config: Config, team: Team, recomputed: Recompute) -> Trained:
     """Put everything parallel, and recompute, around the model with its adapters."""
     return parallelism.apply(
-        model,
+        held.model,
         team,
         stage=config.parallel.sharding,
         base_sharded=config.parallel.base == "sharded",
         recomputed=recomputed,
-        offload=config.train.offload == "activations",
+        offload="activations" in offloads_of(config.train.offload),
+        waiting=held.waiting,
     )
 
 
