@@ -29,6 +29,7 @@ import parallel_cases  # noqa: E402
 import small_run  # noqa: E402
 import tiny_pairs  # noqa: E402
 
+from ernietune.checkpoint.state import pointers  # noqa: E402
 from ernietune.models.config import ModelConfig  # noqa: E402
 from ernietune.parallel import accounts  # noqa: E402
 from ernietune.parallel.degrees import Degrees, Part  # noqa: E402
@@ -103,20 +104,27 @@ def prepare(folder: Path) -> None:
 
 
 class Runs:
-    """Runs by measure, division and epsilon, each made once; those of as many processes share a start."""
+    """Runs by measure, division and epsilon; those of as many processes share a start.
+
+    What a folder holds already is not run again, and what has stopped goes on.
+    """
 
     def __init__(self, folder: Path, steps: int) -> None:
         self.folder, self.steps = folder, steps
-        self.made: set[tuple[str, str, float]] = set()
 
     def make(self, processes: int, wanted: list[tuple[str, str, float]]) -> None:
         """Run what of this has not been run yet."""
-        wanted = [key for key in dict.fromkeys(wanted) if key not in self.made]
+        wanted = [key for key in wanted if not self._is_made(output_of(self.folder, *key), processes)]
         if wanted:
             cases = [case_of(self.folder, *key, self.steps) for key in wanted]
-            logs = self.folder / f"job-{len(self.made)}-{processes}"
-            parallel_cases.finish(parallel_cases.start(processes, cases, logs), logs, 7200)
-            self.made |= set(wanted)
+            with tempfile.TemporaryDirectory() as name:
+                logs = Path(name) / "logs"
+                parallel_cases.finish(parallel_cases.start(processes, cases, logs), logs, 7200)
+
+    def _is_made(self, output: Path, processes: int) -> bool:
+        last = pointers(output).get("last") if output.is_dir() else None
+        ended = processes == 1 or (output / "processes.json").is_file()
+        return ended and last == f"step-{self.steps:06d}"
 
     def compare(self, measure: str, divisions: list[str], epsilon: float) -> dict[str, Difference]:
         """What these divisions, of one number of processes, differ by from one process."""
@@ -228,7 +236,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--data", nargs="*", default=list(MEASURES), choices=MEASURES)
     parser.add_argument("--processes", nargs="*", type=int, default=[1, 2, 4], choices=[1, 2, 4])
-    parser.add_argument("--work", type=Path, help="an empty folder; default: one that is removed")
+    parser.add_argument("--work", type=Path, help="keeps the runs, to go on; default: none does")
     options = parser.parse_args()
     print(
         "| data | division | loss | weights | rms gradient there | loss, weights with epsilon 1e-6 "
@@ -238,7 +246,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = options.work or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
-        prepare(folder)
+        if not (folder / "tiny-vl").exists():
+            prepare(folder)
         runs = Runs(folder, options.steps)
         for processes in options.processes:
             divisions = [name for name, found in DIVISIONS.items() if processes_of(found) == processes]
