@@ -1,6 +1,6 @@
 """Several CPU processes against one: what 30 steps differ by, and what each process sends and holds.
 
-    python benchmarks/parallel.py [--steps 30] [--data "sft, packed" ...] [--processes 1 2 4] [--work FOLDER]
+    python benchmarks/parallel.py [--steps 30] [--data "sft, packed" ...] [--divisions TP2 ...] [--work DIR]
 
 Tiny random models, fp32, every kind of adapter; conversations and pairs, with and without pictures. `loss`
 and `weights` are the largest differences from one process over all steps and over the final adapters, with
@@ -235,7 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--data", nargs="*", default=list(MEASURES), choices=MEASURES)
-    parser.add_argument("--processes", nargs="*", type=int, default=[1, 2, 4], choices=[1, 2, 4])
+    parser.add_argument("--divisions", nargs="*", default=list(DIVISIONS), choices=DIVISIONS)
     parser.add_argument("--work", type=Path, help="keeps the runs, to go on; default: none does")
     options = parser.parse_args()
     print(
@@ -249,9 +249,9 @@ def main() -> None:
         if not (folder / "tiny-vl").exists():
             prepare(folder)
         runs = Runs(folder, options.steps)
-        for processes in options.processes:
-            divisions = [name for name, found in DIVISIONS.items() if processes_of(found) == processes]
-            for measure in options.data:
+        for processes in (1, 2, 4):
+            divisions = [name for name in options.divisions if processes_of(DIVISIONS[name]) == processes]
+            for measure in options.data if divisions else []:
                 compare(runs, measure, divisions)
 
 
