@@ -45,11 +45,13 @@ PICTURES = [
 ]
 
 
-def write(folder):
-    """A JSONL file of six pairs, every second one with a picture: short answers are chosen."""
+def write(folder, count=6, pictures=True):
+    """A JSONL file of some pairs, every second one with a picture: short answers are chosen."""
+    folder.mkdir(parents=True, exist_ok=True)
     records = []
-    for number in range(6):
-        prompt, answer = small_run.conversation(folder, number, picture=number % 2 == 0)["messages"]
+    for number in range(count):
+        picture = pictures and number % 2 == 0
+        prompt, answer = small_run.conversation(folder, number, picture=picture)["messages"]
         short = answer["content"].split()[0]
         records.append({"messages": [prompt], "chosen": short, "rejected": answer["content"] + " fence"})
     path = folder / "pairs.jsonl"

@@ -23,10 +23,7 @@ def processes(t: Translation) -> None:
     _data(t)
     _tensor(t, adapters)
     _experts(t, adapters)
-    if t.take("sequence_parallel", bool, False):
-        alone = t.take("tensor_parallel_degree", int, 1) <= 1
-        why = "it takes a tensor_parallel_degree above 1" if alone else "activations stay whole"
-        t.note(f"sequence_parallel: without effect, {why}", "sequence_parallel")
+    _sequence(t)
 
 
 def _data(t: Translation) -> None:
@@ -69,6 +66,18 @@ def _tensor(t: Translation, adapters: bool) -> None:
         t.put("parallel.tensor", degree, name)
     else:
         t.note(f"{t.given[name].key} {degree} -> 1: here whole models are trained with data alone", name)
+
+
+def _sequence(t: Translation) -> None:
+    """A tensor group always cuts the rows between its products."""
+    if not t.take("sequence_parallel", bool, False):
+        return
+    if t.values.get("parallel.tensor", 1) > 1:
+        t.note("sequence_parallel: always so with parallel.tensor", "sequence_parallel")
+        return
+    alone = t.take("tensor_parallel_degree", int, 1) <= 1
+    why = "it takes a tensor_parallel_degree above 1" if alone else "activations stay whole"
+    t.note(f"sequence_parallel: without effect, {why}", "sequence_parallel")
 
 
 def _experts(t: Translation, adapters: bool) -> None:

@@ -56,17 +56,22 @@ def _recompute_parts(block: Any, parts: tuple[str, ...], saved: SavedTensors) ->
         experts: Any = block.mlp
         experts.forward = _recomputed(experts, experts.forward)
     if "norm" in parts:
-        first = block.input_layernorm if decoder else block.norm1
-        second = block.post_attention_layernorm if decoder else block.norm2
-        for norm in (first, second):
-            norm.forward = saved.again(norm.forward)
-        for layer in block.sublayers():
-            if isinstance(layer, Gathering):  # what is kept of a norm's output is all rows of it
-                layer.gathered = saved.again(layer.gathered)
+        _form_norms_again(block, saved)
     if "activation" in parts:
         for layer in block.sublayers():
             if isinstance(layer, (SwiGLU, ExpertPool)):
                 layer.activation = saved.again(layer.activation)
+
+
+def _form_norms_again(block: Any, saved: SavedTensors) -> None:
+    decoder = isinstance(block, DecoderLayer)
+    first = block.input_layernorm if decoder else block.norm1
+    second = block.post_attention_layernorm if decoder else block.norm2
+    for norm in (first, second):
+        norm.forward = saved.again(norm.forward)
+    for layer in block.sublayers():
+        if isinstance(layer, Gathering):  # what is kept of a norm's output is all rows of it
+            layer.gathered = saved.again(layer.gathered)
 
 
 def _recomputed(layer: nn.Layer, forward: Forward) -> Forward:

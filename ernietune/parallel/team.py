@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -103,6 +103,13 @@ class Team:
         names = sorted(values)
         numbers = paddle.to_tensor(np.array([values[name] for name in names], dtype=np.float64))
         return dict(zip(names, collectives.broadcast(numbers, self.world).tolist(), strict=True))
+
+    def told(self, work: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What the first process works out, alone; the others wait for it."""
+        found = [work() if self.is_main else {}]
+        if self.world.size > 1:
+            dist.broadcast_object_list(found, self.world.ranks[0], self.world.handle)
+        return found[0]
 
     def anybody(self, flag: bool) -> bool:
         """Whether it is so in any process."""

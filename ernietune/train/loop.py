@@ -297,7 +297,7 @@ def _evaluate_if_due(run: Run, log: RunLog | Silence) -> bool:
         return False
     values = evaluate(run.model, run.objective, run.evaluation(), run.team)
     if run.answers is not None:
-        values |= run.team.agreed(run.answers())
+        values |= run.team.told(run.answers)
     value = values.get(metric_names.OF_PAIRS.get(run.train.best_metric, run.train.best_metric))
     best = value is not None and _is_better(value, run)
     log.evaluation(step, values, best)
