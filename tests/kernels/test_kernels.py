@@ -5,6 +5,16 @@ import numpy as np
 import paddle
 import pytest
 from ernietune_kernels import block_attention, reference
+from ernietune_kernels.cpu import attention, blas, lowrank, pointwise
+
+
+@pytest.fixture(params=["plain", "compiled"], autouse=True)
+def path(request, monkeypatch):
+    """Everything with the C of the CPU, where it can be built, and without."""
+    if request.param == "plain":
+        for module in (attention, lowrank, pointwise):
+            monkeypatch.setattr(module, "library_for", lambda *_: None)
+        monkeypatch.setattr(blas, "grouped_product", lambda *_: None)
 
 
 def random(*shape, trainable=True, seed=0):

@@ -1,1 +1,1 @@
-"""Products with stored weights (bf16, int8, int4) and whole decode steps on a CPU, in C through ctypes."""
+"""C for a CPU through ctypes: products with stored weights, decode steps, what a training step repeats."""

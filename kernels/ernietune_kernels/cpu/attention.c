@@ -17,6 +17,7 @@
 #define KEYS 96 /* of one block */
 #define WIDEST 256 /* width of a head at most */
 #define NOTHING_YET -1e30f
+#define SMALL (1 << 21) /* products that one thread has done before others are awake */
 #define ALIGNED __attribute__((aligned(64)))
 
 /* Some queries of one head; `turned` are they, scaled, [width, QUERIES], of which `lanes` are in use. */
@@ -86,24 +87,29 @@ static void score(const Block *block, int64_t key, int64_t count, Sight seen, fl
 }
 
 /* Scores -> weights relative to the highest so far; `shrink` is what that does to all weights before. */
-static void soften(float *scores, int64_t count, float *peaks, float *totals, float *shrink) {
+INLINE void soften_parts(int parts, float *scores, int64_t count, float *peaks, float *totals, float *shrink) {
     V peak[PARTS], total[PARTS];
-    for (int u = 0; u < PARTS; u++) peak[u] = load(peaks + u * LANES);
+    for (int u = 0; u < parts; u++) peak[u] = load(peaks + u * LANES);
     for (int64_t j = 0; j < count; j++)
-        for (int u = 0; u < PARTS; u++) peak[u] = larger(peak[u], load(scores + j * QUERIES + u * LANES));
-    for (int u = 0; u < PARTS; u++) {
+        for (int u = 0; u < parts; u++) peak[u] = larger(peak[u], load(scores + j * QUERIES + u * LANES));
+    for (int u = 0; u < parts; u++) {
         V by = power_of_two(load(peaks + u * LANES) - peak[u]);
         total[u] = load(totals + u * LANES) * by;
         store(shrink + u * LANES, by);
         store(peaks + u * LANES, peak[u]);
     }
     for (int64_t j = 0; j < count; j++)
-        for (int u = 0; u < PARTS; u++) {
+        for (int u = 0; u < parts; u++) {
             V weight = power_of_two(load(scores + j * QUERIES + u * LANES) - peak[u]);
             store(scores + j * QUERIES + u * LANES, weight);
             total[u] += weight;
         }
-    for (int u = 0; u < PARTS; u++) store(totals + u * LANES, total[u]);
+    for (int u = 0; u < parts; u++) store(totals + u * LANES, total[u]);
+}
+
+static void soften(const Block *block, float *scores, int64_t count, float *peaks, float *totals, float *shrink) {
+    if (block->lanes == LANES) soften_parts(1, scores, count, peaks, totals, shrink); /* a few new tokens */
+    else soften_parts(PARTS, scores, count, peaks, totals, shrink);
 }
 
 static void multiply(float *turned, int64_t width, const float *by) {
@@ -117,7 +123,7 @@ static void multiply(float *turned, int64_t width, const float *by) {
 static void attend(const Attention *a, const Stretch *stretch, int64_t head) {
     Block block;
     float output[WIDEST * QUERIES] ALIGNED, scores[KEYS * QUERIES] ALIGNED = {0};
-    float peaks[QUERIES], totals[QUERIES] = {0}, by[QUERIES];
+    float peaks[QUERIES], totals[QUERIES] = {0}, by[QUERIES] = {0};
     begin_block(&block, a, stretch, head);
     for (int i = 0; i < QUERIES; i++) peaks[i] = NOTHING_YET;
     memset(output, 0, (size_t)(a->width * QUERIES) * sizeof(float));
@@ -126,7 +132,7 @@ static void attend(const Attention *a, const Stretch *stretch, int64_t head) {
         Sight seen = sight(&block, key, count);
         if (seen == NONE) continue;
         score(&block, key, count, seen, scores);
-        soften(scores, count, peaks, totals, by);
+        soften(&block, scores, count, peaks, totals, by);
         multiply(output, a->width, by);
         Panel values = {at(&a->v, key, block.group), 1, a->v.token};
         panel_product(values, a->width, count, scores, QUERIES, block.lanes, output, QUERIES, 1);
@@ -144,7 +150,18 @@ static void attend_some(const void *context, int64_t begin, int64_t end) {
         attend(a, a->blocks + (a->block_count - 1 - i / a->heads), i % a->heads);
 }
 
-void ernie_attention(const Attention *a) { for_all(attend_some, a, a->heads * a->block_count, 1); }
+/* How many of so many tasks a thread takes at a time. */
+static int64_t share_of_tasks(const Attention *a, int64_t tasks) {
+    int64_t products = 0;
+    for (int64_t i = 0; i < a->block_count; i++)
+        products += (a->blocks[i].end - a->blocks[i].row) * (a->blocks[i].high - a->blocks[i].low);
+    return products * a->heads * a->width < SMALL ? tasks : 1;
+}
+
+void ernie_attention(const Attention *a) {
+    int64_t tasks = a->heads * a->block_count;
+    for_all(attend_some, a, tasks, share_of_tasks(a, tasks));
+}
 
 /* Weights and gradients of the scores, from scores and gradients of the weights, both overwritten. */
 static void differentiate(float *scores, float *slopes, int64_t count, const float *log_sums, const float *inner,
@@ -239,7 +256,7 @@ int ernie_attention_back(const Attention *a) {
     if (thread_count() > tasks) b.shares = (thread_count() + tasks - 1) / tasks;
     if (b.shares > repeat) b.shares = repeat;
     if (b.shares > 1 && !(b.own = calloc((size_t)(2 * (b.shares - 1) * b.size), sizeof(float)))) return -1;
-    for_all(unit_back, &b, tasks * b.shares, 1);
+    for_all(unit_back, &b, tasks * b.shares, share_of_tasks(a, tasks * b.shares));
     if (b.own) for_all(add_shares, &b, b.size, 1 << 14);
     free(b.own);
     return 0;

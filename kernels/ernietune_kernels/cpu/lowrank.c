@@ -8,6 +8,7 @@
 #define CHUNK 128 /* rows of one task */
 #define STRIP 64 /* columns of a factor's gradient that a task works out */
 #define HIGHEST 256 /* rank at most */
+#define SMALL (1 << 20) /* products that one thread has done before others are awake */
 #ifdef __AVX512F__
 #define DOTS 4 /* rows and factors of a tile of dot products */
 #else
@@ -79,6 +80,13 @@ static Piece piece(const LowRank *l, int64_t index) {
     return (Piece){expert, row + index * CHUNK, left < CHUNK ? left : CHUNK};
 }
 
+/* How many of so many tasks a thread takes at a time. */
+static int64_t share_of_tasks(const LowRank *l, int64_t tasks, int64_t usual) {
+    int64_t rows = 0;
+    for (int64_t e = 0; e < l->experts; e++) rows += l->counts[e];
+    return rows * l->rank * (l->in + l->out) < SMALL ? tasks : usual;
+}
+
 static int64_t all_chunks(const LowRank *l) {
     int64_t count = 0;
     for (int64_t e = 0; e < l->experts; e++) count += chunks_of(l->counts[e]);
@@ -102,7 +110,7 @@ static int turn(const LowRank *l, Turned *t) {
     t->given = l;
     t->b = malloc((size_t)(l->experts * l->rank * l->out) * sizeof(float));
     if (!t->b) return -1;
-    for_all(turn_some, t, l->experts, 1);
+    for_all(turn_some, t, l->experts, share_of_tasks(l, l->experts, 1));
     return 0;
 }
 
@@ -122,7 +130,8 @@ static void forward_some(const void *context, int64_t begin, int64_t end) {
 int ernie_low_rank(const LowRank *l) {
     Turned t;
     if (turn(l, &t)) return -1;
-    for_all(forward_some, &t, all_chunks(l), 1);
+    int64_t tasks = all_chunks(l);
+    for_all(forward_some, &t, tasks, share_of_tasks(l, tasks, 1));
     free(t.b);
     return 0;
 }
@@ -176,8 +185,9 @@ static void factor_gradients(const void *context, int64_t begin, int64_t end) {
 int ernie_low_rank_back(const LowRank *l) {
     Turned t;
     if (turn(l, &t)) return -1;
-    for_all(backward_some, &t, all_chunks(l), 1);
+    int64_t tasks = all_chunks(l), wide = l->experts * (strips(l->in) + strips(l->out));
+    for_all(backward_some, &t, tasks, share_of_tasks(l, tasks, 1));
     free(t.b);
-    for_all(factor_gradients, l, l->experts * (strips(l->in) + strips(l->out)), 4);
+    for_all(factor_gradients, l, wide, share_of_tasks(l, wide, 4));
     return 0;
 }

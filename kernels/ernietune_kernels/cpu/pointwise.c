@@ -4,8 +4,9 @@
 #include "linear.h"
 #include "numeric.h"
 
-#define ROWS_OF_A_TASK 8
-#define NUMBERS_OF_A_TASK 8192
+#define NUMBERS_OF_A_TASK 16384
+
+static int64_t rows_of_a_task(int64_t width) { return 1 + NUMBERS_OF_A_TASK / width; }
 
 /* y = x / rms(x) * weight by row; `inverse` [rows] is 1 / rms. Backward: grad_x from the gradient of y. */
 typedef struct {
@@ -28,7 +29,7 @@ static void norm_some(const void *context, int64_t begin, int64_t end) {
     }
 }
 
-void ernie_rms_norm(const Norm *norm) { for_all(norm_some, norm, norm->rows, ROWS_OF_A_TASK); }
+void ernie_rms_norm(const Norm *norm) { for_all(norm_some, norm, norm->rows, rows_of_a_task(norm->width)); }
 
 static void norm_back_some(const void *context, int64_t begin, int64_t end) {
     const Norm *n = context;
@@ -41,7 +42,7 @@ static void norm_back_some(const void *context, int64_t begin, int64_t end) {
     }
 }
 
-void ernie_rms_norm_back(const Norm *norm) { for_all(norm_back_some, norm, norm->rows, ROWS_OF_A_TASK); }
+void ernie_rms_norm_back(const Norm *norm) { for_all(norm_back_some, norm, norm->rows, rows_of_a_task(norm->width)); }
 
 /* y = silu(gate) * up; backward: grad_gate and grad_up from the gradient of y. */
 typedef struct {
@@ -101,4 +102,6 @@ static void rotate_some(const void *context, int64_t begin, int64_t end) {
     }
 }
 
-void ernie_rotate(const Rotation *rotation) { for_all(rotate_some, rotation, rotation->tokens, ROWS_OF_A_TASK); }
+void ernie_rotate(const Rotation *rotation) {
+    for_all(rotate_some, rotation, rotation->tokens, rows_of_a_task(rotation->heads * rotation->width));
+}
