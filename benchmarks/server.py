@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-PROMPT = 64
+PROMPT = 16
 
 
 @dataclass(frozen=True)
