@@ -18,6 +18,7 @@ from ernietune.media.video import VideoLimits, open_video
 from ernietune.serve.agent import Speaker, Turn, answer_message, converse
 from ernietune.serve.display import Display
 from ernietune.serve.tools import Toolbox
+from ernietune.serve.uploads import kind_of
 from ernietune.serve.wire import conversation_records
 from ernietune.text.messages import Conversation, Message, Part, parse_conversation
 from ernietune.text.parse import Event, collect
@@ -37,8 +38,6 @@ HELP = """\
 /load FILE     go on with a saved one
 /clear         forget the conversation (also: clear)
 /exit          leave (also: exit, quit, Ctrl-D)"""
-_PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-_VIDEO_SUFFIXES = {".mp4", ".webm", ".mkv", ".mov", ".avi"}
 _LEAVING = ("exit", "quit", "/exit", "/quit")
 
 
@@ -103,10 +102,8 @@ class Chat:
             self._clear()
         elif command in commands:
             commands[command](rest.strip().strip("'\""))
-        elif Path(bare).suffix.lower() in _PICTURE_SUFFIXES and Path(bare).is_file():
-            self._attach(bare)
-        elif Path(bare).suffix.lower() in _VIDEO_SUFFIXES and Path(bare).is_file():
-            self._attach_video(bare)
+        elif Path(bare).is_file() and (kind := kind_of(bare)):
+            (self._attach if kind == "image" else self._attach_video)(bare)
         elif line.startswith("/") and command[1:].isalpha():
             self._say(f"There is no command {command}; /help lists them.")
         elif line:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import mimetypes
 import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -19,6 +18,7 @@ from ernietune.serve.panel import Answering, Panel
 from ernietune.serve.race import race
 from ernietune.serve.sockets import address, listen
 from ernietune.serve.tools import Toolbox
+from ernietune.serve.uploads import kind_of
 from ernietune.serve.wire import RemoteSpeaker, model_cards
 from ernietune.text.messages import Conversation, Message, Part
 
@@ -258,14 +258,9 @@ def _forget() -> list[Any]:
 
 def _question(message: dict[str, Any]) -> Message:
     """What the box holds: the files first, as a user message has them."""
-    media = [Part(_kind(str(file)), url=str(file)) for file in message["files"]]
+    media = [Part(kind_of(file) or "image", url=str(file)) for file in message["files"]]
     text = [Part("text", message["text"])] if message["text"].strip() else []
     return Message("user", (*media, *text))
-
-
-def _kind(file: str) -> Literal["image", "video"]:
-    """What an uploaded file is, by its name, as the box sorts them; a gif is a picture there."""
-    return "video" if (mimetypes.guess_type(file)[0] or "").startswith("video/") else "image"
 
 
 def app_of(page: Page) -> FastAPI:

@@ -82,6 +82,7 @@ def test_videos_go_with_the_next_message(tmp_path: Path) -> None:
     assert "Video a clip.gif goes with" in printed
     assert "error: video" in printed
     assert spoken.model.seen[0].grids == ((2, 4, 4),)
+    assert "Video a clip.gif" in talk(spoken, str(path))  # it moves
     (part, _) = json.loads((tmp_path / "saved.json").read_text())["messages"][0]["content"]
     assert part == {"type": "video_url", "video_url": {"url": str(path)}}
 

@@ -1,0 +1,30 @@
+"""What a file is that somebody hands over without saying it: on the web page or in the terminal."""
+
+from __future__ import annotations
+
+import mimetypes
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+
+_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+def kind_of(file: str | Path) -> Literal["image", "video"] | None:
+    """By the name, and for a gif by its frames: one that moves is a video. None for other files."""
+    path = Path(file)
+    suffix = path.suffix.lower()
+    if suffix == ".gif":
+        return "video" if _moves(path) else "image"
+    if suffix in _PICTURES:
+        return "image"
+    return "video" if (mimetypes.guess_type(path.name)[0] or "").startswith("video/") else None
+
+
+def _moves(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            return bool(image.n_frames > 1)
+    except OSError:  # whoever opens it as a picture says what is wrong
+        return False
