@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from .grouped import add_low_rank, swizzled
+from .grouped import add_low_rank, source_rows, swizzled
 from .products import Factor, Rows, padded_rank, rank_of, row_constants
 from .runtime import launch, upcast
 from .stacks import tile_of
@@ -28,6 +28,20 @@ class Fp8:
 
     codes: Tensor
     scale: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the codes."""
+        return tuple(self.codes.shape)
+
+
+@dataclass(frozen=True)
+class Fp8Table:
+    """A stack whose matrices lie apart: int64 addresses [E] of their codes and of their scales."""
+
+    codes: Tensor
+    scale: Tensor
+    shape: tuple[int, int, int]
 
 
 @triton.jit
@@ -78,6 +92,7 @@ def fp8_kernel(
     ins,
     rank,
     FORWARD: tl.constexpr,
+    APART: tl.constexpr,
     LORA: tl.constexpr,
     EXPERTS: tl.constexpr,
     R: tl.constexpr,
@@ -85,48 +100,81 @@ def fp8_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP_M: tl.constexpr,
+    EVEN: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """A tile of x W^T, or of x W when not FORWARD, plus the low-rank part."""
-    inner = ins if FORWARD else outs
-    width = outs if FORWARD else ins
-    tile_M, tile_N = swizzled(tl.program_id(0), tiles_M, tl.cdiv(width, BLOCK_N), GROUP_M)
+    """A tile of x W^T for a stack [E, outs, ins], plus the low-rank part, whose factor lies as FORWARD says.
+
+    BLOCK_N divides BLOCK: a tile's columns share the stack's scale, which is one number a step.
+    """
+    tile_M, tile_N = swizzled(tl.program_id(0), tiles_M, tl.cdiv(outs, BLOCK_N), GROUP_M)
     expert, first, end = tile_of(counts, experts, tile_M, EXPERTS, BLOCK_M)
     if expert >= experts:
         return
-    m = first + tl.arange(0, BLOCK_M)
-    valid = m < end
-    m = m.to(tl.int64)
-    n = tile_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
+    rows = source_rows(counts, m, end, False)
+    n = tile_N * BLOCK_N
     k = tl.arange(0, BLOCK)
-    stack = w + expert.to(tl.int64) * outs * ins
-    n_wide = n.to(tl.int64)
-    inner_blocks = tl.cdiv(inner, BLOCK)
-    blocks_O, blocks_I = tl.cdiv(outs, BLOCK), tl.cdiv(ins, BLOCK)
-    scales = w_scale + expert.to(tl.int64) * blocks_O * blocks_I
+    o = tl.minimum(n + tl.arange(0, BLOCK_N), outs - 1).to(tl.int64)
+    blocks = tl.cdiv(ins, BLOCK)
+    stack, scales = _matrix(
+        w, w_scale, expert, outs.to(tl.int64) * ins, tl.cdiv(outs, BLOCK) * blocks, APART, x.dtype.element_ty
+    )
+    left_places = x + rows[:, None] * ins + k[None, :]
+    right_places = tl.multiple_of(stack + o[:, None] * ins + k[None, :], [16, 16])
+    scales += (n // BLOCK) * blocks
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for block in range(inner_blocks):
-        column = block * BLOCK + k
-        mask = valid[:, None] & (column[None, :] < inner)
-        left = tl.load(x + m[:, None] * inner + column[None, :], mask=mask, other=0.0)
-        inside = (column[:, None] < inner) & (n[None, :] < width)
-        if FORWARD:
-            right = tl.load(stack + n_wide[None, :] * ins + column[:, None], mask=inside, other=0.0)
-            places = (n // BLOCK) * blocks_I + block
+    row_scales = x_scale + rows * blocks
+    factor = tl.load(row_scales) * tl.load(scales)
+    for block in range(blocks):
+        start = block * BLOCK
+        # Asked for a turn ahead: nothing waits for it. The last turn asks for its own again.
+        later = tl.minimum(block + 1, blocks - 1)
+        coming = tl.load(row_scales + later) * tl.load(scales + later)
+        if EVEN:
+            left, right = tl.load(left_places + start), tl.load(right_places + start)
         else:
-            right = tl.load(stack + column[:, None].to(tl.int64) * ins + n[None, :], mask=inside, other=0.0)
-            places = block * blocks_I + n // BLOCK
-        row_scale = tl.load(x_scale + m * inner_blocks + block, mask=valid, other=0.0)
-        column_scale = tl.load(scales + places, mask=n < width, other=0.0)
+            inside = start + k[None, :] < ins
+            left = tl.load(left_places + start, mask=inside, other=0.0)
+            right = tl.load(right_places + start, mask=inside, other=0.0)
         if UPCAST:
             left, right = left.to(tl.float32), right.to(tl.float32)
-        total += tl.dot(left, right, input_precision="ieee") * row_scale[:, None] * column_scale[None, :]
+        total += tl.dot(left, tl.trans(right), input_precision="ieee") * factor[:, None]
+        factor = coming
+    valid = m < end
     if LORA:
         total = add_low_rank(
-            total, narrow, wide, expert, m, valid, tile_N * BLOCK_N, rank, width, FORWARD, BLOCK_N, R, UPCAST
+            total, narrow, wide, expert, m, valid, n, rank, outs, FORWARD, BLOCK_N, R, UPCAST
         )
-    inside = valid[:, None] & (n[None, :] < width)
-    tl.store(y + m[:, None] * width + n[None, :], total.to(y.dtype.element_ty), mask=inside)
+    columns = n + tl.arange(0, BLOCK_N)
+    inside = valid[:, None] & (columns[None, :] < outs)
+    tl.store(y + m[:, None] * outs + columns[None, :], total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _matrix(codes, scale, expert, size, blocks, APART: tl.constexpr, TYPE: tl.constexpr):
+    """Where an expert's codes and scales begin; APART: their addresses stand in tables."""
+    if APART:
+        start = tl.load(codes + expert).to(tl.pointer_type(TYPE))
+        return start, tl.load(scale + expert).to(tl.pointer_type(tl.float32))
+    else:  # noqa: RET505 (Triton compiles what follows a plain return too)
+        return codes + expert.to(tl.int64) * size, scale + expert.to(tl.int64) * blocks
+
+
+@triton.jit
+def turn_kernel(codes, scale, turned, turned_scale, outs, ins, APART: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of an expert's matrix [outs, ins], and its scale, to their places in the transposed one."""
+    expert, block_O, block_I = tl.program_id(2), tl.program_id(0), tl.program_id(1)
+    blocks_O, blocks_I = tl.num_programs(0), tl.num_programs(1)
+    size = outs.to(tl.int64) * ins
+    matrix, scales = _matrix(codes, scale, expert, size, blocks_O * blocks_I, APART, turned.dtype.element_ty)
+    o, i = block_O * BLOCK + tl.arange(0, BLOCK), block_I * BLOCK + tl.arange(0, BLOCK)
+    places = tl.multiple_of(matrix + o[:, None].to(tl.int64) * ins + i[None, :], [16, 16])
+    tile = tl.load(places, mask=(o[:, None] < outs) & (i[None, :] < ins), other=0.0)
+    there = turned + expert.to(tl.int64) * size + i[:, None].to(tl.int64) * outs + o[None, :]
+    tl.store(there, tl.trans(tile), mask=(i[:, None] < ins) & (o[None, :] < outs))
+    here = tl.load(scales + block_O * blocks_I + block_I)
+    tl.store(turned_scale + (expert * blocks_I + block_I) * blocks_O + block_O, here)
 
 
 def quantize_rows(x_NI: Tensor) -> Fp8:
@@ -151,20 +199,42 @@ def quantize_blocks(w_EOI: Tensor) -> Fp8:
     return found
 
 
+def turned(stack: Fp8 | Fp8Table) -> Fp8:
+    """The stack [E, I, O] of a stack [E, O, I]; blocks of 128 x 128 keep their scales."""
+    experts, outputs, inputs = stack.shape
+    grid = [triton.cdiv(outputs, BLOCK), triton.cdiv(inputs, BLOCK), experts]
+    codes = empty([experts, inputs, outputs], "float8_e4m3fn", stack.codes)
+    found = Fp8(codes, empty([experts, grid[1], grid[0]], "float32", stack.codes))
+    apart = isinstance(stack, Fp8Table)
+    operands = (stack.codes, stack.scale, found.codes, found.scale)
+    launch(turn_kernel, grid, *operands, outputs, inputs, APART=apart, BLOCK=BLOCK, num_warps=8)
+    return found
+
+
 def grouped_fp8(
-    x: Fp8, rows: Rows, stack: Fp8, dtype: str, factor: Factor | None = None, forward: bool = True
+    x: Fp8,
+    rows: Rows,
+    stack: Fp8 | Fp8Table,
+    dtype: str,
+    factor: Factor | None = None,
+    forward: bool = True,
 ) -> Tensor:
-    """x W^T of quantised rows sorted by expert, or x W for the input gradient, in `dtype` -> [N, O or I]."""
-    _, outputs, inputs = stack.codes.shape
-    width = outputs if forward else inputs
-    y = empty([rows.total, width], dtype, x.codes)
-    shape = tiles("fp8" if forward else "fp8_back", "e4m3", TILES)
+    """x W^T of quantised rows sorted by expert, or x W for the input gradient, in `dtype` -> [N, O or I].
+
+    Tensor cores want both operands of FP8 along the inner axis, so the gradient's stack is turned first, into
+    memory that lasts as long as the call: as many bytes as the stack has.
+    """
+    stack = stack if forward else turned(stack)
+    _, outputs, inputs = stack.shape
+    y = empty([rows.total, outputs], dtype, x.codes)
+    shape = tiles("fp8", "e4m3", TILES)
     tiles_m = rows.tiles(shape["BLOCK_M"])
     pair = (y, y) if factor is None else (factor.narrow, factor.wide)
     operands = (x.codes, x.scale, stack.codes, stack.scale, *pair, y, rows.counts)
     sizes = (rows.experts, tiles_m, outputs, inputs, rank_of(factor))
-    lora = {"LORA": factor is not None, "R": padded_rank(rank_of(factor))}
-    constants = {"FORWARD": forward, "BLOCK": BLOCK, **lora, **row_constants(rows), **shape}
+    lora = {"LORA": factor is not None, "R": padded_rank(rank_of(factor)), "FORWARD": forward}
+    form = {"APART": isinstance(stack, Fp8Table), "EVEN": inputs % BLOCK == 0, "BLOCK": BLOCK}
+    constants = {**form, **lora, **row_constants(rows), **shape}
     del constants["GATHER"]
-    launch(fp8_kernel, [tiles_m * triton.cdiv(width, shape["BLOCK_N"])], *operands, *sizes, **constants)
+    launch(fp8_kernel, [tiles_m * triton.cdiv(outputs, shape["BLOCK_N"])], *operands, *sizes, **constants)
     return y
