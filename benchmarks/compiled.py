@@ -106,7 +106,8 @@ class Launch:
 
     def compile(self, capability: int) -> Any:
         """The compiled kernel; raises whatever the compiler or ptxas says."""
-        options = {n: v for n, v in self.constants.items() if n in ("num_warps", "num_stages")}
+        options = {n: v for n, v in self.constants.items() if n in ("num_warps", "num_stages", "maxnreg")}
+        options["enable_fp_fusion"] = True  # as gpu.runtime.launch has it
         source = ASTSource(self.kernel, self.signature, self.constexprs, self._aligned())
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 

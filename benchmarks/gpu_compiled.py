@@ -5,16 +5,16 @@
     python benchmarks/gpu_compiled.py --only "bf16 FP8"      lines that have one of the words
     python benchmarks/gpu_compiled.py --json FILE            the figures for another program
 
-Needs triton alone. A line is one compiled kernel in its default configuration, with the models whose shapes take
-it: a kernel is compiled once for all sizes that divide by 16.
+Needs triton alone. A line is one compiled kernel in its default configuration, with the models whose shapes
+take it: a kernel is compiled once for all sizes that divide by 16.
   regs, spill   registers, and bytes of them kept in memory, a thread
   KiB, blocks   shared memory a block, and blocks that fit on a multiprocessor
   loop          tensor-core instructions of the busiest loop + all its others
   loads         of that loop: made ahead / of these 16 bytes wide / waited for
-  bound         sm_90 only. Of an H200's 989 TFLOP/s in bf16 (1,979 in FP8) what is left, multiplied, by
-                S traffic of shared memory or I instructions of the loop, whichever is more; O instructions outside
-                it, where no second block fills the time; R row tiles that are half full; W the last wave.
-                For few rows: KiB of weights on their way to a multiprocessor (4.8 TB/s take about 29 of them) and
+  bound         sm_90 only. What is left of an H200's 989 TFLOP/s in bf16 (1,979 in FP8), multiplied, by
+                S traffic of shared memory or I instructions of the loop, whichever is more; O instructions
+                outside it, where no second block fills the time; R row tiles half full; W the last wave.
+                For few rows: KiB of weights on their way to a multiprocessor (4.8 TB/s take about 29) and
                 the share of 4.8 TB/s at which the loop's instructions fill the time.
 Arithmetic, not a measurement: bounds from above, which know nothing of latencies, caches or clocks.
 """
@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 HERE = Path(__file__).resolve().parent
 # The folder of the kernels as a package of its own: ernietune_kernels itself imports paddle.
 sys.path[:0] = [str(HERE.parent / "kernels" / "ernietune_kernels"), str(HERE)]
@@ -42,7 +41,7 @@ from gpu import runtime, tensors  # noqa: E402
 RECORDED: list[Launch] = []
 TARGET = [90]
 
-# Nothing is computed: tensors are outlines, launches are written down. Set before the kernels import these names.
+# Nothing is computed: tensors are outlines, launches are written down. Set before others import them.
 tensors.empty = tensors.zeros = lambda shape, dtype, like: Outline(shape, dtype)
 tensors.take = lambda tensor, index: Outline([*index.shape, *tensor.shape[1:]], tensor.dtype)
 tensors.concat = lambda parts: parts[0]
@@ -243,7 +242,8 @@ class Line:
         return " ".join(cells)
 
 
-HEAD = f"{'kernel':18} {'card':7} {'tile':18} regs spill  KiB blocks  {'loop':22} {'loads':11}  {'bound':34} call (models)"
+_TITLES = f"{'kernel':18} {'card':7} {'tile':18} regs spill  KiB blocks  {'loop':22} {'loads':11}"
+HEAD = f"{_TITLES}  {'bound':34} calls"
 
 
 def tile_of(launch: Launch) -> str:
@@ -299,7 +299,7 @@ def _shares(launch: Launch, made: Compiled, m: Model) -> dict[str, float]:
 
 
 def _stream_bound(launch: Launch, made: Compiled) -> str:
-    """KiB on their way to a multiprocessor, all stages but the one in use; time of a turn against its bytes."""
+    """KiB on their way to a multiprocessor (all stages but one); a turn's bytes against its instructions."""
     c = launch.constants
     turn = _width(launch) * c["BLOCK_K"] * c["BITS"] / 8
     together = min(made.blocks, launch.grid[0] / MULTIPROCESSORS)

@@ -13,6 +13,7 @@ from paddle import Tensor
 from paddle.autograd import PyLayer
 
 from ernietune_kernels.fp8 import Fp8Weight
+from ernietune_kernels.gpu.runtime import has_fp8
 from ernietune_kernels.gpu.runtime import usable as available
 from ernietune_kernels.quantized import QuantizedWeight
 
@@ -193,7 +194,7 @@ def frozen_product(x: Tensor, weight: Any, counts: list[int] | None, forward: bo
     from ernietune_kernels.gpu import products
 
     x, counts = x.contiguous(), [x.shape[0]] if counts is None else counts
-    if isinstance(weight, Fp8Weight):
+    if isinstance(weight, Fp8Weight) and has_fp8():
         return _fp8_product(x, weight, counts, forward)
     if isinstance(weight, QuantizedWeight):
         rows = products.Rows(x.shape[0], paddle.to_tensor(counts, "int32", place=x.place))

@@ -19,7 +19,8 @@ from .tensors import Tensor, empty
 from .tuning import tiles
 
 BLOCK = 128
-TILES = {"BLOCK_M": 128, "BLOCK_N": 128, "GROUP_M": 8, "num_warps": 8, "num_stages": 3}
+ROWS = 32  # that are quantised together
+TILES = {"BLOCK_M": 128, "BLOCK_N": 128, "GROUP_M": 8, "num_warps": 8, "num_stages": 4}
 
 
 @dataclass(frozen=True)
@@ -55,25 +56,38 @@ def _nearest_e4m3(values):
 
 @triton.jit
 def quantize_kernel(
-    x, codes, scale, width, blocks, ROWS: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr
+    x,
+    codes,
+    scale,
+    height,
+    width,
+    blocks,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EACH: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
-    """A scale for ROWS x BLOCK values: ROWS is 1 for activations and BLOCK for weights."""
-    first_row, block = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1)
-    matrix = tl.program_id(2).to(tl.int64)
-    height = tl.num_programs(0)
-    row = first_row + tl.arange(0, ROWS)[:, None]
+    """ROWS x BLOCK values of a matrix [height, width]: a scale for EACH row of them, or one for all."""
+    tile, block, matrix = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row = tile * ROWS + tl.arange(0, ROWS)
     column = block * BLOCK + tl.arange(0, BLOCK)[None, :]
-    # Rows and columns are whole blocks but for the last column block; the launch sees to it.
-    inside = column < width
-    places = (matrix * height * ROWS + row) * width + column
+    inside = (row[:, None] < height) & (column < width)
+    places = (matrix * height + row[:, None]) * width + column
     values = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.max(tl.max(tl.abs(values), 1), 0)
-    factor = tl.where(largest > 0, largest / 448.0, 1.0)
-    rounded = tl.minimum(tl.maximum(values / factor, -448.0), 448.0)
+    largest = tl.max(tl.abs(values), 1)
+    if EACH:
+        factor = tl.where(largest > 0, largest / 448.0, 1.0)
+        tl.store(scale + row.to(tl.int64) * blocks + block, factor, mask=row < height)
+        rounded = values / factor[:, None]
+    else:
+        peak = tl.max(largest, 0)
+        factor = tl.where(peak > 0, peak / 448.0, 1.0)
+        tl.store(scale + (matrix * tl.num_programs(0) + tile) * blocks + block, factor)
+        rounded = values / factor
+    rounded = tl.minimum(tl.maximum(rounded, -448.0), 448.0)
     if UPCAST:
         rounded = _nearest_e4m3(rounded)
     tl.store(codes + places, rounded.to(codes.dtype.element_ty), mask=inside)
-    tl.store(scale + (matrix * height + tl.program_id(0)) * blocks + block, factor)
 
 
 @triton.jit
@@ -121,7 +135,9 @@ def fp8_kernel(
         w, w_scale, expert, outs.to(tl.int64) * ins, tl.cdiv(outs, BLOCK) * blocks, APART, x.dtype.element_ty
     )
     left_places = x + rows[:, None] * ins + k[None, :]
-    right_places = tl.multiple_of(stack + o[:, None] * ins + k[None, :], [16, 16])
+    right_places = stack + o[:, None] * ins + k[None, :]
+    if EVEN:  # Of an address from a table the compiler does not know that it can be read 16 bytes at a time.
+        right_places = tl.multiple_of(right_places, [16, 16])
     scales += (n // BLOCK) * blocks
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     row_scales = x_scale + rows * blocks
@@ -162,14 +178,26 @@ def _matrix(codes, scale, expert, size, blocks, APART: tl.constexpr, TYPE: tl.co
 
 
 @triton.jit
-def turn_kernel(codes, scale, turned, turned_scale, outs, ins, APART: tl.constexpr, BLOCK: tl.constexpr):
+def turn_kernel(
+    codes,
+    scale,
+    turned,
+    turned_scale,
+    outs,
+    ins,
+    APART: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """A block of an expert's matrix [outs, ins], and its scale, to their places in the transposed one."""
     expert, block_O, block_I = tl.program_id(2), tl.program_id(0), tl.program_id(1)
     blocks_O, blocks_I = tl.num_programs(0), tl.num_programs(1)
     size = outs.to(tl.int64) * ins
     matrix, scales = _matrix(codes, scale, expert, size, blocks_O * blocks_I, APART, turned.dtype.element_ty)
     o, i = block_O * BLOCK + tl.arange(0, BLOCK), block_I * BLOCK + tl.arange(0, BLOCK)
-    places = tl.multiple_of(matrix + o[:, None].to(tl.int64) * ins + i[None, :], [16, 16])
+    places = matrix + o[:, None].to(tl.int64) * ins + i[None, :]
+    if EVEN:
+        places = tl.multiple_of(places, [16, 16])
     tile = tl.load(places, mask=(o[:, None] < outs) & (i[None, :] < ins), other=0.0)
     there = turned + expert.to(tl.int64) * size + i[:, None].to(tl.int64) * outs + o[None, :]
     tl.store(there, tl.trans(tile), mask=(i[:, None] < ins) & (o[None, :] < outs))
@@ -182,21 +210,24 @@ def quantize_rows(x_NI: Tensor) -> Fp8:
     rows, width = x_NI.shape
     blocks = triton.cdiv(width, BLOCK)
     found = Fp8(empty([rows, width], "float8_e4m3fn", x_NI), empty([rows, blocks], "float32", x_NI))
-    sizes = {"ROWS": 1, "BLOCK": BLOCK, "UPCAST": upcast(), "num_warps": 1}
-    launch(quantize_kernel, [rows, blocks, 1], x_NI, found.codes, found.scale, width, blocks, **sizes)
+    _quantize(x_NI, found, [triton.cdiv(rows, ROWS), blocks, 1], (rows, width), ROWS, each=True)
     return found
 
 
 def quantize_blocks(w_EOI: Tensor) -> Fp8:
-    """Frozen weights, a scale for every 128 x 128 values; O is a multiple of 128."""
+    """Frozen weights, a scale for every 128 x 128 values."""
     experts, outputs, width = w_EOI.shape
-    assert outputs % BLOCK == 0, outputs
-    grid = [outputs // BLOCK, triton.cdiv(width, BLOCK), experts]
+    grid = [triton.cdiv(outputs, BLOCK), triton.cdiv(width, BLOCK), experts]
     codes = empty([experts, outputs, width], "float8_e4m3fn", w_EOI)
     found = Fp8(codes, empty([experts, grid[0], grid[1]], "float32", w_EOI))
-    sizes = {"ROWS": BLOCK, "BLOCK": BLOCK, "UPCAST": upcast(), "num_warps": 8}
-    launch(quantize_kernel, grid, w_EOI, found.codes, found.scale, width, grid[1], **sizes)
+    _quantize(w_EOI, found, grid, (outputs, width), BLOCK, each=False)
     return found
+
+
+def _quantize(x: Tensor, found: Fp8, grid: list[int], size: tuple[int, int], rows: int, each: bool) -> None:
+    constants = {"ROWS": rows, "BLOCK": BLOCK, "EACH": each, "UPCAST": upcast()}
+    warps = 4 if each else 8
+    launch(quantize_kernel, grid, x, found.codes, found.scale, *size, grid[1], **constants, num_warps=warps)
 
 
 def turned(stack: Fp8 | Fp8Table) -> Fp8:
@@ -205,9 +236,9 @@ def turned(stack: Fp8 | Fp8Table) -> Fp8:
     grid = [triton.cdiv(outputs, BLOCK), triton.cdiv(inputs, BLOCK), experts]
     codes = empty([experts, inputs, outputs], "float8_e4m3fn", stack.codes)
     found = Fp8(codes, empty([experts, grid[1], grid[0]], "float32", stack.codes))
-    apart = isinstance(stack, Fp8Table)
+    form = {"APART": isinstance(stack, Fp8Table), "EVEN": inputs % BLOCK == 0, "BLOCK": BLOCK}
     operands = (stack.codes, stack.scale, found.codes, found.scale)
-    launch(turn_kernel, grid, *operands, outputs, inputs, APART=apart, BLOCK=BLOCK, num_warps=8)
+    launch(turn_kernel, grid, *operands, outputs, inputs, **form, num_warps=8)
     return found
 
 

@@ -152,8 +152,8 @@ def _tiles(kernel: str, rows: Rows, stack: Stack, width: int) -> Tiles:
 
 
 def _large_tiles(kernel: str, stack: Stack) -> Tiles:
-    """Codes take registers to unpack: int4, and int8 against the grain, get the smaller tile."""
-    roomy = stack.bits == 16 or (stack.bits == 8 and kernel != "grouped_back")
+    """Codes against the grain take more registers to unpack than the wide tile leaves."""
+    roomy = stack.bits == 16 or kernel != "grouped_back"
     chosen = WIDE if roomy and capability() >= 90 else LARGE
     # The tile of gate and up is as wide as two.
     return chosen | {"BLOCK_N": chosen["BLOCK_N"] // 2} if kernel == "gate_up" else chosen
