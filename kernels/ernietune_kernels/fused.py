@@ -13,8 +13,8 @@ from paddle import Tensor
 from paddle.autograd import PyLayer
 
 from ernietune_kernels.fp8 import Fp8Weight
+from ernietune_kernels.gpu.runtime import has_fp8
 from ernietune_kernels.gpu.runtime import usable as available
-from ernietune_kernels.grouped_gemm import blocks
 from ernietune_kernels.quantized import QuantizedWeight
 
 __all__ = [
@@ -194,23 +194,28 @@ def frozen_product(x: Tensor, weight: Any, counts: list[int] | None, forward: bo
     from ernietune_kernels.gpu import products
 
     x, counts = x.contiguous(), [x.shape[0]] if counts is None else counts
-    if isinstance(weight, Fp8Weight):
-        pieces = [_fp8_product(x[a:b], weight.matrices[e], forward) for e, a, b in blocks(counts)]
-        width = weight.shape[-2 if forward else -1]
-        return paddle.concat(pieces) if pieces else paddle.zeros([0, width], x.dtype)
+    if isinstance(weight, Fp8Weight) and has_fp8():
+        return _fp8_product(x, weight, counts, forward)
     if isinstance(weight, QuantizedWeight):
         rows = products.Rows(x.shape[0], paddle.to_tensor(counts, "int32", place=x.place))
         return products.grouped(x, rows, [products.Term(_stack(weight))], forward)
     return None
 
 
-def _fp8_product(x: Tensor, matrix: Any, forward: bool) -> Tensor:
+def _fp8_product(x: Tensor, weight: Fp8Weight, counts: list[int], forward: bool) -> Tensor:
     from ernietune_kernels.gpu import fp8, products
     from ernietune_kernels.gpu.tensors import dtype_name
 
-    rows = products.Rows(x.shape[0], paddle.to_tensor([x.shape[0]], "int32", place=x.place))
-    stack = fp8.Fp8(matrix.codes, matrix.scale)
-    return fp8.grouped_fp8(fp8.quantize_rows(x), rows, stack, dtype_name(x), forward=forward)
+    rows = products.Rows(x.shape[0], paddle.to_tensor(counts, "int32", place=x.place))
+    codes, scales = ([part.data_ptr() for part in parts] for parts in zip(*_parts(weight), strict=True))
+    addresses = (paddle.to_tensor(part, "int64", place=x.place) for part in (codes, scales))
+    table = fp8.Fp8Table(*addresses, (len(codes), weight.shape[-2], weight.shape[-1]))
+    return fp8.grouped_fp8(fp8.quantize_rows(x), rows, table, dtype_name(x), forward=forward)
+
+
+def _parts(weight: Fp8Weight) -> list[tuple[Tensor, Tensor]]:
+    """Codes and scales of each matrix."""
+    return [(matrix.codes, matrix.scale) for matrix in weight.matrices]
 
 
 def routed_experts(

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 import numpy as np
 import paddle
 from ernietune_kernels import fp8 as plain
-from ernietune_kernels import reference
+from ernietune_kernels import fused, reference
 from ernietune_kernels.gpu import fp8, products
 from ernietune_kernels.gpu.products import Factor, Rows
 from paddle import Tensor
@@ -106,3 +106,26 @@ def test_products_equal_the_emulation(counts: list[int], lora: bool) -> None:
         found = fp8.grouped_fp8(quantised, rows, packed, "float32", factor, forward)
         scale = np.abs(expected.numpy()).max()
         np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=5e-6 * scale)
+
+
+@pytest.mark.parametrize("shape", [(2, 256, 200), (1, 128, 384)], ids=str)
+def test_a_turned_stack_has_the_same_codes_and_scales(shape: tuple[int, int, int]) -> None:
+    stack = plain.quantize_blocks(random(*shape))
+    turned = fp8.turned(fp8.Fp8(stack.codes, stack.scale))
+    np.testing.assert_array_equal(bits(turned.codes), bits(stack.codes).transpose(0, 2, 1))
+    np.testing.assert_array_equal(turned.scale.numpy(), stack.scale.numpy().transpose(0, 2, 1))
+
+
+@pytest.mark.parametrize("forward", [True, False])
+def test_matrices_that_lie_apart_are_one_grouped_product(forward: bool) -> None:
+    """What a frozen layer has: every expert's matrix in memory of its own."""
+    counts = [2, 0, 5]
+    w = random(3, 256, 200)
+    matrices = tuple(plain.quantize_blocks(w[e : e + 1]) for e in range(3))
+    weight = plain.Fp8Weight(matrices, (3, 256, 200))
+    x = random(7, 200 if forward else 256, seed=1)
+    found = fused.frozen_product(x, weight, counts, forward)
+    values = paddle.concat([plain.dequantize_blocks(m) for m in matrices])
+    values = values if forward else values.transpose([0, 2, 1])
+    truth = reference.grouped_linear(plain.dequantize_rows(plain.quantize_rows(x)), values, counts)
+    np.testing.assert_allclose(found.numpy(), truth.numpy(), atol=5e-6 * np.abs(truth.numpy()).max())

@@ -1,10 +1,8 @@
-"""Launching kernels from Paddle tensors, tile tables, and compilation for cards that are not here."""
+"""Launching kernels from Paddle tensors, and tables of tile sizes."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -16,10 +14,7 @@ pytest.importorskip("triton")
 import numpy as np
 import paddle
 from ernietune_kernels import reference
-from ernietune_kernels.gpu import norm, tuning
-
-HERE = Path(__file__).parent
-MODULES = sorted(path.stem for path in HERE.glob("triton_cases_*.py"))
+from ernietune_kernels.gpu import norm, runtime, tuning
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -51,26 +46,39 @@ def test_a_users_tile_table_overrides_the_default(tmp_path: Path, monkeypatch: p
     assert [p.name for p in tmp_path.iterdir()] == ["tuned.json"]
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_kernels_compile_for_ampere_hopper_and_blackwell(module: str) -> None:
-    paths = [HERE.parents[1] / "kernels", HERE]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
-        "TRITON_INTERPRET": "0",
-        "TRITON_DEFAULT_FP_FUSION": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, HERE / "compile_kernels.py", module],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    lines = [line.split() for line in done.stdout.splitlines()]
-    assert lines
-    assert {line[1] for line in lines} >= {"90", "100"}
-    for name, capability, cubin, shared in lines:
-        assert int(cubin) > 0, name
-        # What one block may have of shared memory, in bytes: sm_80 163 KiB, sm_90 and sm_100 227 KiB.
-        assert int(shared) <= (166912 if capability == "80" else 232448), (name, capability)
+@pytest.mark.parametrize(
+    ("version", "capability", "expected"),
+    [
+        ("3.9.0", 90, True),
+        ("3.8.0+git1", 80, True),
+        ("3.7.1", 90, False),
+        (None, 90, False),
+        ("3.9.0", 89, False),
+        ("3.9.0", 70, False),
+        ("3.9.0", 120, False),
+    ],
+)
+def test_kernels_are_taken_where_they_can_run(
+    version: str | None, capability: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No Triton, an old one, a card whose shared memory is too small for the tiles: the plain path."""
+
+    def installed(name: str) -> str:
+        assert name == "triton"
+        if version is None:
+            raise PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr("importlib.metadata.version", installed)
+    monkeypatch.setattr(runtime, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(runtime, "interpreted", lambda: False)
+    monkeypatch.setattr(runtime, "capability", lambda: capability)
+    runtime.installed.cache_clear()
+    try:
+        assert runtime.usable(paddle.zeros([1])) == expected
+    finally:
+        runtime.installed.cache_clear()
+
+
+def test_a_cpu_takes_the_plain_path() -> None:
+    assert not runtime.usable(paddle.zeros([1]))

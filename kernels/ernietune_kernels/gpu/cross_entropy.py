@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import triton
 import triton.language as tl
 
-from .runtime import launch, upcast
+from .runtime import capability, launch, upcast
 from .tensors import Tensor, cast, concat, dtype_name, empty, matmul, zeros
 from .tuning import tiles
 
@@ -21,7 +21,9 @@ from .tuning import tiles
 EXTRA_BYTES = 192 << 20
 ROW_STEP = 128
 GRADIENT_BLOCK = 4096
-_TILES = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+_TILES = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8}
+# An A100 has not the shared memory for a stage more.
+_STAGES = 3, 4
 
 
 @triton.jit
@@ -38,6 +40,7 @@ def logits_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """One tile of hidden @ head^T in fp32, with its row maxima and sums of exponentials."""
@@ -45,12 +48,16 @@ def logits_kernel(
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    left = hidden + m[:, None].to(tl.int64) * width + k[None, :]
-    right = head + n[None, :].to(tl.int64) * width + k[:, None]
+    # Behind the last row and word those are read again, so that the loop needs no mask; none of it is stored.
+    left = hidden + tl.minimum(m, rows - 1)[:, None].to(tl.int64) * width + k[None, :]
+    right = head + tl.minimum(n, vocabulary - 1)[None, :].to(tl.int64) * width + k[:, None]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, width, BLOCK_K):
-        a = tl.load(left, mask=(m[:, None] < rows) & (start + k[None, :] < width), other=0.0)
-        b = tl.load(right, mask=(n[None, :] < vocabulary) & (start + k[:, None] < width), other=0.0)
+        if EVEN_K:
+            a, b = tl.load(left), tl.load(right)
+        else:
+            a = tl.load(left, mask=start + k[None, :] < width, other=0.0)
+            b = tl.load(right, mask=start + k[:, None] < width, other=0.0)
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
         total = tl.dot(a, b, total, input_precision="ieee")
@@ -138,14 +145,16 @@ def _parts(hidden: Tensor, labels: Tensor, vocabulary: int) -> Iterator[tuple[Te
 def _loss(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(logits fp32 [n, V], log-sum-exp [n], nll [n]) of the rows in work."""
     (rows, width), vocabulary = hidden.shape, head.shape[0]
-    shape = tiles("logits", dtype_name(hidden), _TILES)
+    default = _TILES | {"num_stages": _STAGES[capability() >= 90]}
+    shape = tiles("logits", dtype_name(hidden), default)
     tiles_v = triton.cdiv(vocabulary, shape["BLOCK_N"])
     logits = empty([rows, vocabulary], "float32", hidden)
     tile_max, tile_sum = (empty([rows, tiles_v], "float32", hidden) for _ in range(2))
     log_total, nll = (empty([rows], "float32", hidden) for _ in range(2))
     grid = [triton.cdiv(rows, shape["BLOCK_M"]), tiles_v]
     arguments = (hidden, head, logits, tile_max, tile_sum, rows, vocabulary, width, tiles_v)
-    launch(logits_kernel, grid, *arguments, UPCAST=upcast(), **shape)
+    even = width % shape["BLOCK_K"] == 0
+    launch(logits_kernel, grid, *arguments, EVEN_K=even, UPCAST=upcast(), **shape)
     block = triton.next_power_of_2(tiles_v)
     launch(
         loss_kernel,

@@ -17,7 +17,7 @@ from .tuning import tiles
 TILES = {"BLOCK_S": 64, "num_warps": 4, "num_stages": 3}
 # Enough programs for every multiprocessor of a large card to have two.
 PROGRAMS = 264
-LEAST_TOKENS = 256
+LEAST_TOKENS = 128
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .stacks import operand, tile_of, weight_tile
+from .stacks import int4_product, operand, tile_of, weight_tile
 
 
 @triton.jit
@@ -25,43 +25,68 @@ def swizzled(tile, tiles_M, tiles_N, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def add_product(
+def source_rows(source, m, end, GATHER: tl.constexpr):
+    """Which rows of the operand a tile reads: behind the expert's last row that one again, so that no load of
+    the inner loop needs a mask. What comes of it is not stored.
+    """
+    m = tl.minimum(m, end - 1)
+    if GATHER:
+        return tl.load(source + m)
+    else:  # noqa: RET505 (Triton compiles what follows a plain return too)
+        return m
+
+
+@triton.jit
+def row_tile(places, column, inner, EVEN_K: tl.constexpr, UPCAST: tl.constexpr):
+    """A tile of the rows, zero behind their last column."""
+    if EVEN_K:
+        return operand(tl.load(places), UPCAST)
+    else:  # noqa: RET505
+        return operand(tl.load(places, mask=column[None, :] < inner, other=0.0), UPCAST)
+
+
+@triton.jit
+def add_forward(
     total,
-    x,
+    left,
     codes,
     scale,
     expert,
-    rows,
-    valid,
-    n,
-    stride,
-    inner,
+    o,
+    first,
     outs,
     ins,
-    FORWARD: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """total + x[rows] W^T, or x[rows] W when not FORWARD; n is the first column of the tile."""
-    k = tl.arange(0, BLOCK_K)
-    for start in range(0, inner, BLOCK_K):
-        mask = valid[:, None] & (start + k[None, :] < inner)
-        left = operand(tl.load(x + rows[:, None] * stride + start + k[None, :], mask=mask, other=0.0), UPCAST)
-        if FORWARD:
-            o = n + tl.arange(0, BLOCK_N)
-            right = weight_tile(
-                codes, scale, expert, o, start, outs, ins, BITS, GROUP, BLOCK_K, BITS == 4, UPCAST
-            )
-            total = tl.dot(left, tl.trans(right), total, input_precision="ieee")
-        else:
-            right = weight_tile(
-                codes, scale, expert, start + k, n, outs, ins, BITS, GROUP, BLOCK_N, True, UPCAST
-            )
-            total = tl.dot(left, right, total, input_precision="ieee")
-    return total
+    """total + left W[expert, o]^T over the columns of `left`, the stack's from
+    `first` on; codes of int8 are taken as they are.
+    """
+    BLOCK_K: tl.constexpr = left.shape[1]
+    if BITS == 4 and left.shape[0] < 64 and BLOCK_K <= GROUP:
+        return total + int4_product(
+            left, codes, scale, expert, o, first, outs, ins, GROUP, BLOCK_K, not EVEN_K, UPCAST
+        )
+    else:  # noqa: RET505
+        right = weight_tile(
+            codes,
+            scale,
+            expert,
+            o,
+            first,
+            outs,
+            ins,
+            BITS,
+            GROUP,
+            BLOCK_K,
+            BITS == 4,
+            False,
+            not EVEN_K,
+            UPCAST,
+        )
+        return tl.dot(left, tl.trans(right), total, input_precision="ieee")
 
 
 @triton.jit
@@ -128,76 +153,72 @@ def grouped_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """A tile of the sum of one or two grouped products, with their low-rank parts."""
+    """A tile of the sum of one or two grouped products, with their low-rank parts.
+
+    x W^T, or x W when not FORWARD. Two terms are one loop over both inner axes, so that copies never run dry.
+    STAGES on a loop has all its loads made ahead, also those (scales) that no product takes directly.
+    """
     inner = ins if FORWARD else outs
     width = outs if FORWARD else ins
     tile_M, tile_N = swizzled(tl.program_id(0), tiles_M, tl.cdiv(width, BLOCK_N), GROUP_M)
     expert, first, end = tile_of(counts, experts, tile_M, EXPERTS, BLOCK_M)
     if expert >= experts:
         return
-    m = first + tl.arange(0, BLOCK_M)
-    valid = m < end
-    m = m.to(tl.int64)
-    rows = tl.load(source + m, mask=valid, other=0).to(tl.int64) if GATHER else m
+    m = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
+    rows = source_rows(source, m, end, GATHER)
     n = tile_N * BLOCK_N
+    columns = n + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    line = rows[:, None] * stride + k[None, :]
+    steps = tl.cdiv(inner, BLOCK_K)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    total = add_product(
-        total,
-        x + first0,
-        codes0,
-        scale0,
-        expert,
-        rows,
-        valid,
-        n,
-        stride,
-        inner,
-        outs,
-        ins,
-        FORWARD,
-        BITS,
-        GROUP,
-        BLOCK_N,
-        BLOCK_K,
-        UPCAST,
-    )
+    for step in tl.range(0, TERMS * steps, num_stages=STAGES):
+        codes, scale, column, start = codes0, scale0, first0, step * BLOCK_K
+        if TERMS == 2:
+            second = step >= steps
+            codes, scale = tl.where(second, codes1, codes0), tl.where(second, scale1, scale0)
+            column, start = tl.where(second, first1, first0), tl.where(second, step - steps, step) * BLOCK_K
+        left = row_tile(x + line + (column + start), start + k, inner, EVEN_K, UPCAST)
+        if FORWARD:
+            o = tl.minimum(columns, outs - 1)
+            total = add_forward(
+                total, left, codes, scale, expert, o, start, outs, ins, BITS, GROUP, EVEN_K, UPCAST
+            )
+        else:
+            right = weight_tile(
+                codes,
+                scale,
+                expert,
+                start + k,
+                n,
+                outs,
+                ins,
+                BITS,
+                GROUP,
+                BLOCK_N,
+                True,
+                not EVEN_K,
+                not EVEN_N,
+                UPCAST,
+            )
+            total = tl.dot(left, right, total, input_precision="ieee")
     if FORWARD and BITS == 8:
-        columns = n + tl.arange(0, BLOCK_N)
-        total *= tl.load(scale0 + expert.to(tl.int64) * outs + columns, mask=columns < outs, other=0.0)[
-            None, :
-        ]
+        places = scale0 + expert.to(tl.int64) * outs + columns
+        total *= tl.load(places, mask=columns < outs, other=0.0)[None, :]
+    valid = m < end
     if LORA:
         total = add_low_rank(
             total, narrow0, wide0, expert, m, valid, n, rank, width, FORWARD, BLOCK_N, R, UPCAST
         )
-    if TERMS == 2:
-        total = add_product(
-            total,
-            x + first1,
-            codes1,
-            scale1,
-            expert,
-            rows,
-            valid,
-            n,
-            stride,
-            inner,
-            outs,
-            ins,
-            FORWARD,
-            BITS,
-            GROUP,
-            BLOCK_N,
-            BLOCK_K,
-            UPCAST,
-        )
-        if LORA:
+        if TERMS == 2:
             total = add_low_rank(
                 total, narrow1, wide1, expert, m, valid, n, rank, width, FORWARD, BLOCK_N, R, UPCAST
             )
-    columns = n + tl.arange(0, BLOCK_N)
     inside = valid[:, None] & (columns[None, :] < width)
     tl.store(y + m[:, None] * width + columns[None, :], total.to(y.dtype.element_ty), mask=inside)
 
@@ -234,32 +255,36 @@ def gate_up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """The same tile of gate and up from one reading of x, and h = silu(gate) * up * the row's weight."""
+    """The same tile of gate and up from one reading of x, and h = silu(gate) * up * the row's weight.
+
+    Both are one product of twice the width: the first half of the tile's outputs are gate's, the second up's.
+    """
     tile_M, tile_N = swizzled(tl.program_id(0), tiles_M, tl.cdiv(outs, BLOCK_N), GROUP_M)
     expert, first, end = tile_of(counts, experts, tile_M, EXPERTS, BLOCK_M)
     if expert >= experts:
         return
-    m = first + tl.arange(0, BLOCK_M)
+    m = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
+    rows = source_rows(source, m, end, GATHER)
     valid = m < end
-    m = m.to(tl.int64)
-    rows = tl.load(source + m, mask=valid, other=0).to(tl.int64) if GATHER else m
     o = tile_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    half = tl.arange(0, 2 * BLOCK_N)
+    both = tl.minimum(tile_N * BLOCK_N + half % BLOCK_N, outs - 1)
+    of_gate = half[:, None] < BLOCK_N
+    codes = tl.multiple_of(tl.where(of_gate, gate_codes, up_codes), [16, 16])
+    scale = tl.where(of_gate, gate_scale, up_scale)
     k = tl.arange(0, BLOCK_K)
-    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, ins, BLOCK_K):
-        mask = valid[:, None] & (start + k[None, :] < ins)
-        left = operand(tl.load(x + rows[:, None] * ins + start + k[None, :], mask=mask, other=0.0), UPCAST)
-        tile = weight_tile(
-            gate_codes, gate_scale, expert, o, start, outs, ins, BITS, GROUP, BLOCK_K, BITS == 4, UPCAST
+    line = rows[:, None] * ins + k[None, :]
+    total = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
+    for start in tl.range(0, ins, BLOCK_K, num_stages=STAGES):
+        left = row_tile(x + line + start, start + k, ins, EVEN_K, UPCAST)
+        total = add_forward(
+            total, left, codes, scale, expert, both, start, outs, ins, BITS, GROUP, EVEN_K, UPCAST
         )
-        gate = tl.dot(left, tl.trans(tile), gate, input_precision="ieee")
-        tile = weight_tile(
-            up_codes, up_scale, expert, o, start, outs, ins, BITS, GROUP, BLOCK_K, BITS == 4, UPCAST
-        )
-        up = tl.dot(left, tl.trans(tile), up, input_precision="ieee")
+    gate, up = tl.split(total.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1))
     if BITS == 8:
         places = expert.to(tl.int64) * outs + o
         gate *= tl.load(gate_scale + places, mask=o < outs, other=0.0)[None, :]
@@ -281,102 +306,3 @@ def gate_up_kernel(
     if WEIGHTED:
         value *= tl.load(row_weight + m, mask=valid, other=0.0)[:, None]
     tl.store(h + m[:, None] * outs + o[None, :], value.to(h.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def narrow_kernel(
-    x,
-    source,
-    factor,
-    y,
-    counts,
-    experts,
-    stride,
-    first_column,
-    inner,
-    rank,
-    factor_scale,
-    TRANSPOSED: tl.constexpr,
-    GATHER: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """scale * x A^T for A [E, r, inner], or scale * x B for B [E, inner, r] when TRANSPOSED."""
-    expert, first, end = tile_of(counts, experts, tl.program_id(0), EXPERTS, BLOCK_M)
-    if expert >= experts:
-        return
-    m = first + tl.arange(0, BLOCK_M)
-    valid = m < end
-    m = m.to(tl.int64)
-    rows = tl.load(source + m, mask=valid, other=0).to(tl.int64) if GATHER else m
-    r, k = tl.arange(0, R), tl.arange(0, BLOCK_K)
-    base = factor + expert.to(tl.int64) * rank * inner
-    total = tl.zeros([BLOCK_M, R], tl.float32)
-    for start in range(0, inner, BLOCK_K):
-        column = start + k
-        mask = valid[:, None] & (column[None, :] < inner)
-        left = tl.load(x + rows[:, None] * stride + first_column + column[None, :], mask=mask, other=0.0)
-        inside = (column[:, None] < inner) & (r[None, :] < rank)
-        if TRANSPOSED:
-            right = tl.load(base + column[:, None] * rank + r[None, :], mask=inside, other=0.0)
-        else:
-            right = tl.load(base + r[None, :] * inner + column[:, None], mask=inside, other=0.0)
-        total = tl.dot(operand(left, UPCAST), operand(right, UPCAST), total, input_precision="ieee")
-    mask = valid[:, None] & (r[None, :] < rank)
-    tl.store(y + m[:, None] * rank + r[None, :], (total * factor_scale).to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def outer_kernel(
-    narrow,
-    x,
-    source,
-    y,
-    counts,
-    experts,
-    stride,
-    first_column,
-    width,
-    rank,
-    TRANSPOSED: tl.constexpr,
-    GATHER: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Per expert the sum over its rows of narrow^T x: [r, width], stored [width, r] when TRANSPOSED.
-
-    One program sums all rows of its expert, always in the same order.
-    """
-    expert = tl.program_id(0)
-    index = tl.arange(0, EXPERTS)
-    count = tl.load(counts + index, mask=index < experts, other=0)
-    first = tl.sum(tl.where(index < expert, count, 0), 0)
-    end = first + tl.sum(tl.where(index == expert, count, 0), 0)
-    r, n = tl.arange(0, R), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros([R, BLOCK_N], tl.float32)
-    for start in range(first, end, BLOCK_M):
-        m = start + tl.arange(0, BLOCK_M)
-        valid = m < end
-        m = m.to(tl.int64)
-        rows = tl.load(source + m, mask=valid, other=0).to(tl.int64) if GATHER else m
-        left = tl.load(
-            narrow + m[None, :] * rank + r[:, None], mask=valid[None, :] & (r[:, None] < rank), other=0.0
-        )
-        right = tl.load(
-            x + rows[:, None] * stride + first_column + n[None, :],
-            mask=valid[:, None] & (n[None, :] < width),
-            other=0.0,
-        )
-        total = tl.dot(operand(left, UPCAST), operand(right, UPCAST), total, input_precision="ieee")
-    inside = (r[:, None] < rank) & (n[None, :] < width)
-    base = y + expert.to(tl.int64) * rank * width
-    if TRANSPOSED:
-        tl.store(base + n[None, :] * rank + r[:, None], total.to(y.dtype.element_ty), mask=inside)
-    else:
-        tl.store(base + r[:, None] * width + n[None, :], total.to(y.dtype.element_ty), mask=inside)

@@ -61,19 +61,25 @@ def count_kernel(chosen, counts, pairs, experts, E: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def offset_kernel(counts, totals, blocks, experts, E: tl.constexpr):
-    """counts[block, e] becomes the place of the block's first pair of expert e; totals[e] the rows of e."""
-    index = tl.arange(0, E)
-    inside = index < experts
+def offset_kernel(counts, totals, blocks, experts, E: tl.constexpr, MANY: tl.constexpr):
+    """counts[block, e] becomes the place of the block's first pair of expert e; totals[e] the rows of e.
+
+    One program takes MANY blocks at a time: one after the other would wait for the memory once a block.
+    """
+    index, line = tl.arange(0, E), tl.arange(0, MANY)
     running = tl.zeros([E], tl.int32)
-    for block in range(blocks):
-        running += tl.load(counts + block * experts + index, mask=inside, other=0)
-    tl.store(totals + index, running, mask=inside)
+    for start in range(0, blocks, MANY):
+        inside = (start + line[:, None] < blocks) & (index[None, :] < experts)
+        places = (start + line[:, None]) * experts + index[None, :]
+        running += tl.sum(tl.load(counts + places, mask=inside, other=0), 0)
+    tl.store(totals + index, running, mask=index < experts)
     place = tl.cumsum(running, 0) - running
-    for block in range(blocks):
-        count = tl.load(counts + block * experts + index, mask=inside, other=0)
-        tl.store(counts + block * experts + index, place, mask=inside)
-        place += count
+    for start in range(0, blocks, MANY):
+        inside = (start + line[:, None] < blocks) & (index[None, :] < experts)
+        places = (start + line[:, None]) * experts + index[None, :]
+        count = tl.load(counts + places, mask=inside, other=0)
+        tl.store(counts + places, place[None, :] + tl.cumsum(count, 0) - count, mask=inside)
+        place += tl.sum(count, 0)
 
 
 @triton.jit
@@ -108,7 +114,8 @@ def combine_kernel(rows, inverse, weights, y, k, width, WEIGHTED: tl.constexpr, 
     tl.store(y + token * width + column, total.to(y.dtype.element_ty), mask=inside)
 
 
-SORT_BLOCK = 512
+SORT_BLOCK = 256
+OFFSET_BLOCKS = 64
 COMBINE_BLOCK = 1024
 
 
@@ -139,7 +146,7 @@ def sort_by_expert(experts_Nk: Tensor, experts: int) -> tuple[Tensor, Tensor, Te
     counts = zeros([experts], "int32", experts_Nk)
     sizes = {"E": e, "BLOCK": SORT_BLOCK, "num_warps": 8}
     launch(count_kernel, [blocks], experts_Nk, places, pairs, experts, **sizes)
-    launch(offset_kernel, [min(blocks, 1)], places, counts, blocks, experts, E=e)
+    launch(offset_kernel, [min(blocks, 1)], places, counts, blocks, experts, E=e, MANY=OFFSET_BLOCKS)
     launch(sort_kernel, [blocks], experts_Nk, places, order, inverse, pairs, experts, **sizes)
     return order, inverse, counts
 

@@ -7,15 +7,21 @@ from dataclasses import dataclass
 
 import triton
 
-from .grouped import gate_up_kernel, grouped_kernel, narrow_kernel, outer_kernel
-from .runtime import launch, upcast
+from .grouped import gate_up_kernel, grouped_kernel
+from .lowrank import narrow_kernel, outer_kernel
+from .runtime import capability, launch, upcast
 from .stacks import Stack
 from .tensors import Tensor, dtype_name, empty
 from .tuning import Tiles, tiles
 
+# From Hopper on: two warpgroups of 64 x 256, which shared memory feeds as fast as the tensor cores multiply
+# (benchmarks/gpu_compiled.py); an A100 has not the shared memory for it.
+WIDE = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 8, "num_stages": 4}
 LARGE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 8, "num_stages": 3}
-# Few rows an expert: the stack is streamed once, in wide reads.
+# Few rows an expert: the stack is streamed once, in wide reads, the more stages the fewer bytes one has.
 STREAM = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP_M": 1, "num_warps": 4, "num_stages": 3}
+STREAM_STAGES = {16: 3, 8: 4, 4: 6}
+PROGRAMS = 132
 NARROW = {"BLOCK_M": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
 OUTER = {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3}
 FEW_ROWS = 16
@@ -67,13 +73,14 @@ def grouped(x: Tensor, rows: Rows, terms: Sequence[Term], forward: bool = True) 
     term, other = terms[0], terms[-1]
     assert len(terms) == 1 or (len(terms) == 2 and not forward)
     _, outputs, inputs = term.stack.shape
-    width = outputs if forward else inputs
+    width, inner = (outputs, inputs) if forward else (inputs, outputs)
     y = empty([rows.total, width], dtype_name(x), x)
-    shape = _tiles("grouped" if forward else "grouped_back", rows, term.stack)
+    shape = _tiles("grouped" if forward else "grouped_back", rows, term.stack, width)
     tiles_m = rows.tiles(shape["BLOCK_M"])
     operands = [x, _read(rows.source, y), y, rows.counts, *_operands(term, y), *_operands(other, y)]
     sizes = (rows.experts, tiles_m, x.shape[1], outputs, inputs, rank_of(term.factor))
-    constants = {"FORWARD": forward, "TERMS": len(terms), **_common(rows, term), **shape}
+    form = {"FORWARD": forward, "TERMS": len(terms), "EVEN_N": width % shape["BLOCK_N"] == 0}
+    constants = {**form, **_loop(shape, inner), **_common(rows, term), **shape}
     launch(grouped_kernel, [tiles_m * triton.cdiv(width, shape["BLOCK_N"])], *operands, *sizes, **constants)
     return y
 
@@ -85,12 +92,13 @@ def gate_up(
     _, outputs, inputs = gate.stack.shape
     halves = empty([rows.total, 2 * outputs], dtype_name(x), x)
     h = empty([rows.total, outputs], dtype_name(x), x)
-    shape = _tiles("gate_up", rows, gate.stack)
+    shape = _tiles("gate_up", rows, gate.stack, outputs)
     tiles_m = rows.tiles(shape["BLOCK_M"])
     operands = [x, _read(rows.source, h), _read(row_weight, h), halves, h, rows.counts]
     operands += [*_operands(gate, h)[:4], *_operands(up, h)[:4]]
     sizes = (rows.experts, tiles_m, outputs, inputs, rank_of(gate.factor))
-    constants = {"WEIGHTED": row_weight is not None, **_common(rows, gate), **shape}
+    form = {"WEIGHTED": row_weight is not None, **_loop(shape, inputs)}
+    constants = {**form, **_common(rows, gate), **shape}
     launch(gate_up_kernel, [tiles_m * triton.cdiv(outputs, shape["BLOCK_N"])], *operands, *sizes, **constants)
     return halves, h
 
@@ -136,14 +144,28 @@ def outer(
     return y
 
 
-def _tiles(kernel: str, rows: Rows, stack: Stack) -> Tiles:
+def _tiles(kernel: str, rows: Rows, stack: Stack, width: int) -> Tiles:
     few = rows.total <= FEW_ROWS * rows.experts
-    key = (
-        f"{'stream' if few else 'large'}/int{stack.bits}"
-        if stack.bits < 16
-        else ("stream" if few else "large")
-    )
-    return tiles(kernel, key, STREAM if few else LARGE)
+    default = _stream_tiles(rows, stack, width) if few else _large_tiles(kernel, stack)
+    form = "" if stack.bits == 16 else f"/int{stack.bits}"
+    return tiles(kernel, f"{'stream' if few else 'large'}{form}", default)
+
+
+def _large_tiles(kernel: str, stack: Stack) -> Tiles:
+    """Codes against the grain take more registers to unpack than the wide tile leaves."""
+    roomy = stack.bits == 16 or kernel != "grouped_back"
+    chosen = WIDE if roomy and capability() >= 90 else LARGE
+    # The tile of gate and up is as wide as two.
+    return chosen | {"BLOCK_N": chosen["BLOCK_N"] // 2} if kernel == "gate_up" else chosen
+
+
+def _stream_tiles(rows: Rows, stack: Stack, width: int) -> Tiles:
+    chosen = STREAM | {"num_stages": STREAM_STAGES[stack.bits]}
+    if stack.bits == 4 and stack.group in (32, 64):  # A step has one scale a row.
+        chosen |= {"BLOCK_K": stack.group, "num_stages": 8}
+    if rows.tiles(chosen["BLOCK_M"]) * triton.cdiv(width, chosen["BLOCK_N"]) < PROGRAMS:
+        chosen |= {"BLOCK_N": chosen["BLOCK_N"] // 2}  # Or some multiprocessors have nothing to read.
+    return chosen
 
 
 def _operands(term: Term, unread: Tensor) -> tuple[Tensor | int, ...]:
@@ -156,6 +178,10 @@ def _operands(term: Term, unread: Tensor) -> tuple[Tensor | int, ...]:
 def _common(rows: Rows, term: Term) -> Tiles:
     lora = {"LORA": term.factor is not None, "R": padded_rank(rank_of(term.factor))}
     return row_constants(rows) | lora | {"BITS": term.stack.bits, "GROUP": term.stack.group}
+
+
+def _loop(shape: Tiles, inner: int) -> Tiles:
+    return {"STAGES": shape.get("num_stages", 1), "EVEN_K": inner % shape["BLOCK_K"] == 0}
 
 
 def row_constants(rows: Rows) -> Tiles:

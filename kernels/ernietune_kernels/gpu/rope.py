@@ -11,15 +11,15 @@ from .tensors import Tensor, dtype_name, empty
 
 @triton.jit
 def _rotate(x, y, row, heads, cos, sin, sign, pairs, H: tl.constexpr, F: tl.constexpr):
-    """The pairs (x[2j], x[2j+1]) of every head of one token."""
-    head, pair = tl.arange(0, H)[:, None], tl.arange(0, F)[None, :]
-    inside = (head < heads) & (pair < pairs)
-    offsets = (row * heads + head) * (2 * pairs) + 2 * pair
-    even = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
-    odd = tl.load(x + offsets + 1, mask=inside, other=0.0).to(tl.float32)
+    """The pairs (x[2j], x[2j+1]) of every head of one token, read and written side by side."""
+    head, column = tl.arange(0, H)[:, None], tl.arange(0, 2 * F)[None, :]
+    inside = (head < heads) & (column < 2 * pairs)
+    offsets = (row * heads + head) * (2 * pairs) + column
+    values = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+    even, odd = tl.split(values.reshape(H, F, 2))
     turned = sign * sin
-    tl.store(y + offsets, (even * cos - odd * turned).to(y.dtype.element_ty), mask=inside)
-    tl.store(y + offsets + 1, (odd * cos + even * turned).to(y.dtype.element_ty), mask=inside)
+    rotated = tl.join(even * cos - odd * turned, odd * cos + even * turned).reshape(H, 2 * F)
+    tl.store(y + offsets, rotated.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -8,14 +8,17 @@ and convert to float32 right behind a load when it is set; `upcast` says when.
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib.metadata
 import os
 from collections.abc import Sequence
 from typing import Any
 
 from .tensors import Tensor, is_tensor, is_torch, on_gpu
 
-LEAST_CAPABILITY = 80
+# A100, H100 and H200, B200 and B300: the tiles are made for their shared memory, which other cards have not.
+CAPABILITIES = (80, 90, 100, 103)
+LEAST_FP8 = 90
+LEAST_TRITON = (3, 8)  # the first that asks no torch for a launch
 
 
 def interpreted() -> bool:
@@ -28,8 +31,12 @@ upcast = interpreted
 
 @functools.cache
 def installed() -> bool:
-    """Whether there is a Triton to import."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether there is a Triton to import that is recent enough."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return tuple(int(part) for part in version.split(".")[:2]) >= LEAST_TRITON
 
 
 def usable(tensor: Tensor) -> bool:
@@ -37,7 +44,12 @@ def usable(tensor: Tensor) -> bool:
 
     False in the interpreter, which only tests ask for, by calling the kernels' functions themselves.
     """
-    return on_gpu(tensor) and installed() and not interpreted() and capability() >= LEAST_CAPABILITY
+    return on_gpu(tensor) and installed() and not interpreted() and capability() in CAPABILITIES
+
+
+def has_fp8() -> bool:
+    """Whether the card multiplies e4m3 numbers; the interpreter does."""
+    return interpreted() or capability() >= LEAST_FP8
 
 
 @functools.cache
@@ -63,7 +75,8 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **constants: Any) 
         arguments = tuple(_Storage(a) if is_tensor(a) else a for a in arguments)
     elif paddles:
         _activate_paddle()
-    kernel[tuple(grid)](*arguments, **constants)
+    # Named, because Triton's own choice changes with its version, and with it the last bit of results.
+    kernel[tuple(grid)](*arguments, enable_fp_fusion=True, **constants)
 
 
 class _Storage:
