@@ -34,7 +34,7 @@ Dtype = Annotated[
     typer.Option(help="How weights are held: auto, float32, bfloat16. auto keeps bfloat16 checkpoints so."),
 ]
 Quantization = Annotated[
-    str | None, typer.Option(help="Round the weights on load: wint8, wint4, mixed (experts wint4). CPU only.")
+    str | None, typer.Option(help="Round weights on load: wint8, wint4, mixed (experts wint4); on a GPU fp8.")
 ]
 Strict = Annotated[bool, typer.Option("--strict-model-name", help="Refuse requests for other model names.")]
 LoraModules = Annotated[

@@ -15,16 +15,20 @@ from ernietune.infer.cache import on_gpu
 from ernietune.infer.memory import require_room
 from ernietune.models.config import ModelConfig
 from ernietune.models.decoder import CausalLM
-from ernietune.models.packed import SCHEMES
+from ernietune.models.devices import fp8_problem
+from ernietune.models.forms import SCHEMES, TRAINING, Scheme
 
 _log = logging.getLogger(__name__)
 _DTYPES = ("auto", "float32", "bfloat16")
-_QUANTIZED = tuple(name for name in SCHEMES if name != "bfloat16")
+_ON_CPU = tuple(name for name in SCHEMES if name != "bfloat16")
+_QUANTIZED = (*_ON_CPU, "fp8")
 
 
 @dataclass(frozen=True)
 class Precision:
-    """`dtype` of the weights and `quantization` (wint8, wint4, mixed); ConfigError for a value unknown here.
+    """`dtype` of the weights and `quantization` (wint8, wint4, mixed, on a GPU fp8 too).
+
+    ConfigError for a value unknown here.
 
     `auto` keeps bfloat16 checkpoints in bfloat16, where a CPU still computes in fp32: the numbers are those
     of fp32 weights. Other checkpoints are float32 on a CPU and bfloat16 on a GPU.
@@ -50,11 +54,18 @@ class Precision:
         """The model of a checkpoint folder in this form; what it cannot have is said by a warning."""
         if on_gpu():
             return self._on_gpu(folder, config)
+        if self.quantization not in (None, *_ON_CPU):
+            raise ConfigError(
+                f"--quantization {self.quantization} needs a GPU; choose one of {listed(_ON_CPU)} on a CPU"
+            )
         form = self.quantization or self._form(folder, config)
         require_room(folder, config, form)
         if form == "float32":
             return load_model(folder, "float32", config)
-        model, notes = load_packed(folder, SCHEMES[form], config)
+        return self._packed(folder, config, form, SCHEMES[form], "float32")
+
+    def _packed(self, folder: Path, config: ModelConfig, form: str, scheme: Scheme, dtype: str) -> CausalLM:
+        model, notes = load_packed(folder, scheme, config, dtype)
         for note in notes:
             _log.warning("%s: %s", form, note)
         return model
@@ -67,8 +78,11 @@ class Precision:
         return "bfloat16" if kept else "float32"
 
     def _on_gpu(self, folder: Path, config: ModelConfig) -> CausalLM:
-        if self.quantization:
-            raise ConfigError(
-                f"--quantization {self.quantization} works on a CPU only so far; leave it out on a GPU"
-            )
-        return load_model(folder, "bfloat16" if self.dtype == "auto" else self.dtype, config)
+        dtype = "bfloat16" if self.dtype == "auto" else self.dtype
+        form = self.quantization
+        if form is None:
+            return load_model(folder, dtype, config)
+        if form == "fp8" and (problem := fp8_problem()):
+            raise ConfigError(f"--quantization: {problem}; use wint8")
+        # As the frozen base of a training: its kernels are those that read codes on a GPU.
+        return self._packed(folder, config, form, TRAINING[form].keeping_the_rest(), dtype)

@@ -16,6 +16,7 @@ from ernietune.checkpoint.waiting import load_waiting
 from ernietune.errors import CheckpointError, ConfigError
 from ernietune.models.config import ModelConfig
 from ernietune.models.decoder import CausalLM
+from ernietune.models.devices import fp8_problem
 from ernietune.models.forms import TRAINING
 from ernietune.models.packed import stored_bytes
 from ernietune.parallel.blocks import Waiting
@@ -23,7 +24,6 @@ from ernietune.parallel.degrees import Holding
 from ernietune.train.log import console
 
 NONE = "none"
-_LEAST_FOR_FP8 = (8, 9)
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def load_base(
     if quantization == NONE:
         return load_model(folder, dtype, geometry, build, holding)
     on_cpu = paddle.get_device() == "cpu"
-    if quantization == "fp8" and not on_cpu:
-        _require_fp8()
+    if quantization == "fp8" and not on_cpu and (problem := fp8_problem()):
+        raise ConfigError(f"model.quantization: {problem}; use wint8")
     scheme = TRAINING[quantization]
     if not on_cpu or stored_dtype(folder, geometry) != "BF16":
         scheme = scheme.keeping_the_rest()
@@ -72,15 +72,6 @@ def load_base(
         console.print(f"{quantization}: {note}")
     console.print(f"the frozen base is held as {quantization}: {stored_bytes(model) / 1e9:.3f} GB")
     return model
-
-
-def _require_fp8() -> None:
-    found = paddle.device.cuda.get_device_capability()
-    if found < _LEAST_FOR_FP8:
-        raise ConfigError(
-            f"model.quantization: fp8 needs a GPU of compute capability 8.9 or later and this one has "
-            f"{found[0]}.{found[1]}; use wint8"
-        )
 
 
 def require_same_form(folder: Path, quantization: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 from ernietune.checkpoint.load import load_model
 from ernietune.checkpoint.packed import load_packed
 from ernietune.errors import ConfigError
-from ernietune.infer import memory
+from ernietune.infer import memory, precision
 from ernietune.infer.engine import Engine
 from ernietune.infer.precision import Precision
 from ernietune.infer.request import SamplingParams
@@ -19,6 +19,7 @@ from ernietune.initialize import initialize
 from ernietune.lora import LoraSpec, adapters, inject
 from ernietune.models.config import ModelConfig
 from ernietune.models.decoder import CausalLM, Inputs
+from ernietune.models.forms import TRAINING
 from ernietune.models.packed import SCHEMES, convert, packed_layers, stored_bytes
 from tests import tiny
 from tests.fakes import ByteTokenizer, PlainTemplate
@@ -74,9 +75,9 @@ def test_both_layouts_give_the_same_codes(tmp_path: Path, layout: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bfloat16_weights_say_the_same_tokens_as_fp32(folders: dict[str, Path], shape: str) -> None:
     answers = []
-    for precision in (Precision("float32"), Precision("bfloat16")):
-        engine = Engine.load(folders[shape], max_length=128, precision=precision)
-        assert (engine._loop.core.runner._fused is None) == (precision.dtype == "float32")
+    for form in (Precision("float32"), Precision("bfloat16")):
+        engine = Engine.load(folders[shape], max_length=128, precision=form)
+        assert (engine._loop.core.runner._fused is None) == (form.dtype == "float32")
         answers.append([engine.generate(engine.prepare_ids(prompt()[:n]), GREEDY).ids for n in (1, 9, 40)])
         engine.close()
     assert answers[0] == answers[1]
@@ -199,6 +200,34 @@ def test_the_plan_says_what_the_engine_holds(folders: dict[str, Path]) -> None:
 def test_bad_choices_name_the_good_ones(arguments: tuple[str, str | None], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Precision(*arguments)
+
+
+@pytest.mark.parametrize("form", ["wint8", "wint4", "mixed", "fp8"])
+def test_on_a_gpu_codes_are_those_of_a_frozen_base(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """What a GPU would hold; here on a CPU, so nothing is computed with it."""
+    monkeypatch.setattr(precision, "on_gpu", lambda: True)
+    monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: (9, 0))
+    config = ModelConfig.from_folder(folders["tiny-moe"])
+    found = Precision(quantization=form).load(folders["tiny-moe"], config)
+    wanted = load_packed(folders["tiny-moe"], TRAINING[form].keeping_the_rest(), config, "bfloat16")[0]
+    forms = {path: layer.form for path, layer in packed_layers(found)}
+    assert forms == {path: layer.form for path, layer in packed_layers(wanted)}
+    assert all(form.frozen for form in forms.values())
+    assert {"model.layers.0.self_attn.q_proj", "model.layers.1.mlp.text_experts.up_proj"} <= forms.keys()
+    assert found.model.norm.weight.dtype == paddle.bfloat16
+    assert "model.embed_tokens" not in forms
+
+
+def test_fp8_is_for_gpus_that_have_it(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig.from_folder(folders["tiny-moe"])
+    with pytest.raises(ConfigError, match="fp8 needs a GPU; choose one of wint8, wint4, mixed"):
+        Precision(quantization="fp8").load(folders["tiny-moe"], config)
+    monkeypatch.setattr(precision, "on_gpu", lambda: True)
+    monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(ConfigError, match=r"capability 8.9 or later and this one has 8.0; use wint8"):
+        Precision(quantization="fp8").load(folders["tiny-moe"], config)
 
 
 def test_a_checkpoint_of_fp32_stays_fp32(tmp_path: Path) -> None:
