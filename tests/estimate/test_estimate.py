@@ -109,11 +109,11 @@ def test_auto_takes_the_first_that_fits() -> None:
     ("overrides", "memory", "change"),
     [
         (["train.recompute=none"], 80, "train.recompute="),
-        (["lora.rank=32"], 78, "train.offload=activations"),
-        (["lora.rank=64"], 80, "lora.rank="),
-        (["data.max_length=131072"], 80, "data.max_length="),
+        (["lora.rank=32"], 79, "train.offload=activations"),
+        (["lora.rank=64"], 72, "lora.rank="),
+        (["data.max_length=131072", "model.quantization=wint8"], 40, "data.max_length="),
         (["data.max_length=1024", "lora.rank=4", "train.offload=activations+optimizer"], 17, "weights"),
-        (["model.quantization=wint4"], 15, "parallel.data=2 parallel.expert=2"),
+        (["model.quantization=wint4"], 20, "parallel.data="),
     ],
 )
 def test_the_change_that_is_named_makes_it_fit(overrides: list[str], memory: float, change: str) -> None:
@@ -153,7 +153,7 @@ def test_a_tensor_group() -> None:
     kept = [walk(some).peak.parts["activations"] for some in (one, two)]
     assert kept[1] == pytest.approx(kept[0] / 2, rel=0.05)
     sums = 28 * 6 + 1  # two forward, two backward, two again; and the rows before and after all layers
-    activations = 2 * 0.5 * sums * 8192 * 2560 * 2
+    activations = two.micro_batches * 2 * 0.5 * sums * 8192 * 2560 * 2
     assert estimate(two).sent["tensor group"] == activations
     # Of a divided matrix one factor is whole on both, and each has a part of its gradient.
     shared = 28 * 16 * 2560 * 4 + 27 * 64 * 2 * 3 * 16 * 2560
@@ -200,7 +200,7 @@ def test_what_waits_on_the_host() -> None:
     assert found.host == {"optimizer": 12.0 * numbers, "weights": sum(waiting)}
     assert found.bus["weights"] == 2 * away.micro_batches * sum(waiting)
     assert found.bus["optimizer"] == 8.0 * numbers
-    assert found.largest["layers in use"] == pytest.approx(2 * sum(waiting[-30:]), rel=0.2)
+    assert found.largest["layers in use"] == 2 * sum(waiting[-13:])  # attention 4, experts 9
 
 
 def plain_matrices(some: Setup) -> int:
