@@ -111,7 +111,7 @@ def test_auto_takes_the_first_that_fits() -> None:
         (["train.recompute=none"], 80, "train.recompute="),
         (["lora.rank=32"], 79, "train.offload=activations"),
         (["lora.rank=64"], 72, "lora.rank="),
-        (["data.max_length=131072", "model.quantization=wint8"], 40, "data.max_length="),
+        (["data.max_length=131072", "model.quantization=wint8"], 46, "data.max_length="),
         (["data.max_length=1024", "lora.rank=4", "train.offload=activations+optimizer"], 17, "weights"),
         (["model.quantization=wint4"], 20, "parallel.data="),
     ],
