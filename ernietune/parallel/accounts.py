@@ -11,7 +11,13 @@ from paddle.base import core
 
 from ernietune.parallel.collectives import all_gather
 from ernietune.parallel.team import Team
-from ernietune.parallel.traffic import StepTraffic, exchange_bytes, gradient_bytes, tensor_bytes
+from ernietune.parallel.traffic import (
+    StepTraffic,
+    exchange_bytes,
+    gradient_bytes,
+    tensor_bytes,
+    vocabulary_bytes,
+)
 
 __all__ = [
     "Account",
@@ -23,6 +29,7 @@ __all__ = [
     "lines",
     "peak_memory",
     "tensor_bytes",
+    "vocabulary_bytes",
 ]
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")

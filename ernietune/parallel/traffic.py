@@ -13,12 +13,13 @@ class StepTraffic:
     """The terms of the formulas: numbers that train, as one process holds them, and its tokens.
 
     `common` are summed over the data group, `experts` over the replicas; `tokens` are those of all
-    micro-batches of the process, `chosen` the experts a token goes to.
+    micro-batches of the process, `supervised` those with a label, `chosen` the experts a token goes to.
     """
 
     common: int = 0
     experts: int = 0
     tokens: float = 0
+    supervised: float = 0
     width: int = 0
     layers: int = 0
     moe_layers: int = 0
@@ -55,6 +56,15 @@ def tensor_bytes(step: StepTraffic, tensor: int, sums: float = 4, size: int = 4)
     Six with recompute, which runs the forward ones again.
     """
     return sums * step.layers * 2 * scattered(step.tokens, tensor) * step.width * size
+
+
+def vocabulary_bytes(step: StepTraffic, tensor: int, size: int = 4) -> float:
+    """Where embedding and head are divided: words and last rows there, labelled rows' gradients back.
+
+    A label has three fp32 numbers more. A gradient that goes on to pictures comes on top.
+    """
+    words = 3 * scattered(step.tokens, tensor) * step.width * size
+    return words + 2 * scattered(step.supervised, tensor) * (step.width * size + 3 * 4)
 
 
 def gathering_bytes(size: float, processes: int, micro_batches: int) -> float:
