@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ernietune.config import load
 from ernietune.estimate.activations import decoder_block
-from ernietune.estimate.report import Estimate, estimate, first_that_fits, resolved
+from ernietune.estimate.changes import first_that_fits
+from ernietune.estimate.report import Estimate, estimate, resolved
 from ernietune.estimate.setup import GIB, Setup, setup_of
 from ernietune.estimate.walk import CONTEXT, SLACK
 from ernietune.models.config import SHAPES, ModelConfig
@@ -23,7 +24,7 @@ CARDS = (24, 48, 80, 141)
 
 
 def setup_for(path: Path) -> Setup:
-    """The setup of a shipped configuration on one card of 80 GiB."""
+    """The setup of a shipped configuration on cards of 80 GiB, as many as it names."""
     own = ["model.shape=demo-vl"] if path.parent.name == "tiny" else []
     config = load(path, own)
     geometry = ModelConfig.from_dict(SHAPES[str(config.model.shape)], str(config.model.shape))
@@ -35,11 +36,13 @@ def row(path: Path) -> str:
     setup = setup_for(path)
     found = estimate(setup)
     fitting = [f"{memory}" for memory in CARDS if found.needed <= memory * GIB]
-    change = "" if fitting else first_that_fits(setup, 80) or "none of the single changes"
+    fits = found.needed <= 80 * GIB
+    change = "" if fits else first_that_fits(setup, 80) or "none of the single changes"
     trains = f"LoRA {setup.config.lora.rank}" if setup.config.lora.enabled else "full"
     cells = [
         f"`{path.parent.name}/{path.stem}`",
         f"{trains}, {setup.config.train.rows} x {setup.config.data.max_length}",
+        _degrees(setup),
         setup.config.train.recompute,
         f"{found.needed / GIB:.1f}",
         fitting[0] if fitting else "-",
@@ -49,13 +52,22 @@ def row(path: Path) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _degrees(setup: Setup) -> str:
+    """How many processes, and by what they divide the model."""
+    degrees = setup.degrees
+    by = {"expert": degrees.expert, "tensor": degrees.tensor}
+    named = ", ".join(f"{name} {degree}" for name, degree in by.items() if degree > 1)
+    return f"{degrees.world}: {named}" if named else f"{degrees.world}"
+
+
 def table() -> str:
     """All shipped configurations."""
     head = (
-        "| configuration | trains, tokens | recompute | GiB | smallest card | for 80 GiB | PFLOP a step |\n"
+        "| configuration | trains, tokens | cards | recompute | GiB on each | smallest card | for 80 GiB "
+        "| PFLOP a step |\n"
     )
     paths = sorted((ROOT / "configs").glob("*/*.yaml"))
-    return head + "|---|---|---|--:|--:|---|--:|\n" + "\n".join(row(path) for path in paths) + "\n"
+    return head + "|---|---|---|---|--:|--:|---|--:|\n" + "\n".join(row(path) for path in paths) + "\n"
 
 
 def arithmetic() -> str:

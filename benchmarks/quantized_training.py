@@ -1,11 +1,15 @@
 """What a quantised or FP8 base costs a training: the demo's recipes on the embedded model, by form.
 
-python benchmarks/quantized_training.py [FORM ...]    none wint8 wint4 mixed nf4 fp8; all when none is named
+python benchmarks/quantized_training.py [FORM ...]             wint8 wint4 fp8 by default; also mixed nf4
+python benchmarks/quantized_training.py --answers [FORM ...]   the dear part, one seed
 
-The row `other seed` is `none` with another order of the data and other adapters to begin with: how far apart
-two trainings over the same base are.
+Held-out loss: configs/tiny/sft_lora.yaml with EPOCHS epochs, over every form and `none`, each with SEEDS
+orders of the data and first adapters. A run's loss is the mean of its last LAST evaluations. `to none`
+compares runs of one seed, which began alike; beside each mean stand the smallest and the largest of the
+seeds. A form differs from `none` when it does so by more than seeds alone, of which the row of `none` says
+how much they do.
 
-loss      held-out loss after configs/tiny/sft_lora.yaml with EPOCHS epochs; its distance from that of `none`
+Answers, after the whole recipe of ten epochs:
 exact     exact answers to held-out questions: over the base as it was trained on, and over the base from
           disk, which is what `serve` and `export` take
 rewards   held-out pairs whose chosen answer gained more than the rejected one (50 % before the training),
@@ -42,47 +46,64 @@ from ernietune.train import run as training  # noqa: E402
 from ernietune.train.base import load_base  # noqa: E402
 from ernietune.train.sft import to_inputs  # noqa: E402
 
-EPOCHS, DPO_EPOCHS = 10, 1
+EPOCHS, SEEDS, LAST, EVERY = 5, 3, 4, 4  # the last evaluations are EVERY steps apart
+DPO_EPOCHS = 1
+FORMS = ("wint8", "wint4", "fp8")
 HELD_OUT = 120
 REWARDS = "rewards/accuracies"
-OTHER_SEED = "other seed"
 SFT, DPO = "configs/tiny/sft_lora.yaml", "configs/tiny/dpo_lora.yaml"
 TEXT_PAIRS = ["data.train=[data/preferences/train.jsonl]", "data.eval=[data/preferences/heldout.jsonl]"]
 
 
 @dataclass(frozen=True)
-class Row:
-    """What the two recipes gave over one form of the base."""
+class Losses:
+    """Held-out losses of the runs over one form, by seed, and their CPU-seconds."""
 
-    loss: float
+    by_seed: list[float]
+    seconds: float
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return sum(self.by_seed) / len(self.by_seed)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the whole recipes gave over one form of the base."""
+
     exact: float
     exact_on_disk: float
     rewards: float
     seconds: float
 
 
-def trained(path: str, form: str, output: Path, *overrides: str) -> dict[str, Any]:
-    """Train a recipe over a form of its base; what the evaluation at the end says."""
-    values = [
-        f"model.quantization={form}",
-        f"train.output={output}",
-        "data.workers=0",
-        "train.eval_every=100000",
-    ]
+def trained(path: str, form: str, output: Path, *overrides: str) -> list[dict[str, Any]]:
+    """Train a recipe over a form of its base; what its evaluations say."""
+    values = [f"model.quantization={form}", f"train.output={output}", "data.workers=0"]
     training.main(configuration.load(ROOT / path, [*values, *overrides]))
     records = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [record for record in records if record["kind"] == "eval"][-1]
+    return [record for record in records if record["kind"] == "eval"]
 
 
-def measured(form: str, folder: Path, seed: int = 0) -> Row:
-    """Both recipes over one form."""
-    started, output = time.process_time(), folder / f"{form}-{seed}"
-    questions = [f"train.epochs={EPOCHS}", f"train.eval_generate={HELD_OUT}", f"train.seed={seed}"]
-    tuned = trained(SFT, form, output, *questions)
-    pairs = [f"train.epochs={DPO_EPOCHS}", f"train.seed={seed}", *TEXT_PAIRS]
-    preferred = trained(DPO, form, folder / f"{form}-{seed}-dpo", *pairs)
+def losses(form: str, folder: Path) -> Losses:
+    """The recipe over one form, seed by seed."""
+    started, found = time.process_time(), []
+    for seed in range(SEEDS):
+        values = [f"train.epochs={EPOCHS}", f"train.eval_every={EVERY}", f"train.seed={seed}"]
+        evaluations = trained(SFT, form, folder / f"{form}-{seed}", *values)
+        found.append(sum(each["loss"] for each in evaluations[-LAST:]) / LAST)
+    return Losses(found, time.process_time() - started)
+
+
+def answers(form: str, folder: Path) -> Answers:
+    """Both whole recipes over one form."""
+    started, output, once = time.process_time(), folder / f"{form}-answers", "train.eval_every=100000"
+    tuned = trained(SFT, form, output, f"train.eval_generate={HELD_OUT}", once)[-1]
+    pairs = [f"train.epochs={DPO_EPOCHS}", once, *TEXT_PAIRS]
+    preferred = trained(DPO, form, folder / f"{form}-dpo", *pairs)[-1]
     seconds = time.process_time() - started
-    return Row(tuned["loss"], tuned["exact_match"], exact_on_disk(output), preferred[REWARDS], seconds)
+    return Answers(tuned["exact_match"], exact_on_disk(output), preferred[REWARDS], seconds)
 
 
 def exact_on_disk(run: Path) -> float:
@@ -113,29 +134,45 @@ def layer_errors() -> list[float]:
 
 def main() -> None:
     """Train every form and print."""
-    forms = sys.argv[1:] or list(CHOICES["model.quantization"])
+    asks = "--answers" in sys.argv[1:]
+    forms = [form for form in sys.argv[1:] if form != "--answers"] or list(FORMS)
     if unknown := [form for form in forms if form not in CHOICES["model.quantization"]]:
         sys.exit(f"{unknown[0]} is no form\n{__doc__}")
-    rows: dict[str, Row] = {}
     with tempfile.TemporaryDirectory() as name:
-        for form in dict.fromkeys(["none", *forms, OTHER_SEED]):
-            base, seed = ("none", 1) if form == OTHER_SEED else (form, 0)
-            rows[form] = measured(base, Path(name), seed)
-            print_table(rows)  # after every form, so that a run that is cut short has said what it knows
-    if "fp8" in rows:
+        print_answers(forms, Path(name)) if asks else print_losses(forms, Path(name))
+    if "fp8" in forms:
         print("fp8, by decoder layer:", "  ".join(f"{error:.2%}" for error in layer_errors()))
 
 
-def print_table(rows: dict[str, Row]) -> None:
-    """What is known by now."""
-    exact = rows["none"].loss
-    print(f"{'base':11}{'loss':>9}{'to none':>10}{'exact':>8}{'on disk':>9}{'rewards':>9}{'CPU-s':>7}")
-    for form, row in rows.items():
-        print(
-            f"{form:11}{row.loss:9.5f}{row.loss / exact - 1:+10.2%}{row.exact:8.1%}{row.exact_on_disk:9.1%}"
-            f"{row.rewards:9.1%}{row.seconds:7.0f}",
-            flush=True,
-        )
+def print_losses(forms: list[str], folder: Path) -> None:
+    """Losses by form, each row as soon as it is known."""
+    print(
+        f"{'base':8}{'loss':>9}{'seeds from mean':>20}{'to none':>10}{'by seed':>20}{'CPU-s':>7}", flush=True
+    )
+    plain = losses("none", folder)
+    for form in dict.fromkeys(["none", *forms]):
+        row = plain if form == "none" else losses(form, folder)
+        seeds = _range([loss / row.mean - 1 for loss in row.by_seed])
+        text = f"{form:8}{row.mean:9.5f}{seeds:>20}"
+        if row is not plain:
+            off = [one / other - 1 for one, other in zip(row.by_seed, plain.by_seed, strict=True)]
+            text += f"{sum(off) / len(off):+10.2%}{_range(off):>20}"
+        else:
+            text += " " * 30
+        print(f"{text}{row.seconds:7.0f}", flush=True)
+
+
+def _range(values: list[float]) -> str:
+    return f"{min(values):+.2%} to {max(values):+.2%}"
+
+
+def print_answers(forms: list[str], folder: Path) -> None:
+    """Answers by form, each row as soon as it is known."""
+    print(f"{'base':8}{'exact':>8}{'on disk':>9}{'rewards':>9}{'CPU-s':>7}", flush=True)
+    for form in dict.fromkeys(["none", *forms]):
+        row = answers(form, folder)
+        exact = f"{row.exact:8.1%}{row.exact_on_disk:9.1%}{row.rewards:9.1%}"
+        print(f"{form:8}{exact}{row.seconds:7.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,10 @@ def run(label: str, *arguments: object) -> None:
         f"{label:28} {seconds:7.1f} s  {cpu:7.1f} CPU-s  peak {usage.ru_maxrss / 2**20:6.2f} GiB", flush=True
     )
     for line in text.splitlines():
-        if line.startswith(("step ", "memory before", "(base", "the frozen base")) or "merged" in line:
+        if (
+            line.startswith(("step ", "memory before", "(base", "the frozen base", "estimate"))
+            or "merged" in line
+        ):
             print("    " + line)
 
 

@@ -115,8 +115,8 @@ def _of_the_loop(config: Config) -> Iterator[tuple[str, str]]:
     for name, problem in memory_problems(train.recompute, train.offload):
         yield f"train.{name}", problem
     sections = {name: vars(part) for name, part in vars(config).items()}
-    if problem := weights_problem(sections):
-        yield "train.offload", problem
+    if reason := weights_problem(sections):
+        yield "train.offload", reason
     for name, problem in parallel_problems(sections):
         yield f"parallel.{name}", problem
 

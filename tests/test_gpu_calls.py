@@ -48,6 +48,7 @@ def test_streams() -> None:
     inspect.signature(paddle.device.Stream).bind()
     inspect.signature(paddle.device.Stream.wait_stream).bind(None, None)
     inspect.signature(paddle.device.current_stream).bind()
+    inspect.signature(paddle.nn.Layer.to).bind(None, "gpu:0")
     inspect.signature(paddle.device.stream_guard).bind(None)
     assert callable(paddle.CUDAPinnedPlace)
     assert callable(paddle._C._cuda_getCurrentRawStream)
@@ -59,6 +60,9 @@ def test_copies_between_places() -> None:
     copy = tensor._copy_to(paddle.CPUPlace(), True)
     assert copy.data_ptr() != tensor.data_ptr()
     assert (copy == tensor).all()
+    room = paddle.empty([2, 3], tensor.dtype)
+    room.copy_(tensor, False)  # the second says whether to wait, which a CPU always does
+    assert (room == tensor).all()
 
 
 def test_memory_of_the_card() -> None:

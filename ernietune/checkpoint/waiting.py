@@ -40,7 +40,7 @@ def load_waiting(
         state = model.state_dict()
         # Nobody has written to these: they take no memory yet, and `parallel.apply` lets go of them.
         absent = {path: state[path] for path in state if waits_on_host(path)}
-        fetch = {
+        fetch: dict[str, Fetch] = {
             path: partial(_read, path, tensor, parts, reader, holding) for path, tensor in absent.items()
         }
     if device != "cpu":

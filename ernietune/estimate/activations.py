@@ -49,7 +49,8 @@ def decoder_block(setup: Setup, layer: int) -> Block:
     """A decoder layer."""
     path = f"model.layers.{layer}."
     attention = _attention(setup, path + "self_attn.")
-    if layer == 0 and not setup.trains_before_layers:
+    # In several processes it asks for a gradient all the same: a backward pass on one is one on all.
+    if layer == 0 and not setup.trains_before_layers and setup.degrees.world == 1:
         attention = replace(attention, input=0.0)
     mlp = _moe(setup, path + "mlp.") if setup.geometry.is_moe_layer(layer) else _dense(setup, path + "mlp.")
     return Block(attention, mlp, _stream(setup), gradients_under(setup, path))

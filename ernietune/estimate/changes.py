@@ -42,17 +42,22 @@ def _changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
     config = setup.config
     for mode in AUTO_MODES[1:]:
         yield f"train.recompute={mode}", setup.changed(train__recompute=mode)
-    for part in OFFLOADS:
-        more = part if config.train.offload == "none" else f"{config.train.offload}+{part}"
-        yield f"train.offload={more}", setup.changed(train__offload=more)
+    yield from (_offloading(setup, part) for part in OFFLOADS if part != "weights")
     ranks = [rank for rank in _RANKS if config.lora.enabled and rank < config.lora.rank]
     yield from ((f"lora.rank={rank}", setup.changed(lora__rank=rank)) for rank in ranks)
     yield from _shared(setup)
     schemes = _SCHEMES if config.lora.enabled and config.model.quantization == "none" else ()
     yield from ((f"model.quantization={name}", setup.changed(model__quantization=name)) for name in schemes)
+    yield _offloading(setup, "weights")  # every layer comes twice for each micro-batch
     for length in (length for length in _LENGTHS if length < config.data.max_length):
         yield f"data.max_length={length}", shorter(setup, length)
     yield from _over_more_cards(setup)
+
+
+def _offloading(setup: Setup, part: str) -> tuple[str, Setup]:
+    before = setup.config.train.offload
+    more = part if before == "none" else f"{before}+{part}"
+    return f"train.offload={more}", setup.changed(train__offload=more)
 
 
 def _shared(setup: Setup) -> Iterator[tuple[str, Setup]]:

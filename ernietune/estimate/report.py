@@ -116,9 +116,7 @@ def print_estimate(found: Estimate, memory: float, change: str | None, show: Any
     if needed > memory:
         show(f"what makes it fit: {change}" if change else "no single change makes it fit")
     if found.host:
-        show(
-            f"on the host instead: {_in_gib(found.host)}; between card and host in a step: {_in_gib(found.bus)}"
-        )
+        show(f"on the host instead: {_in_gib(found.host)}; moved in a step: {_in_gib(found.bus)}")
     if found.sent:
         show(f"sent by every rank in a step: {_in_gib(found.sent)}")
     _print_work(found, memory, show)

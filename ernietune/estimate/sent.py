@@ -16,16 +16,18 @@ def sent(setup: Setup) -> dict[str, float]:
         "gradients": _gradients(setup),
         "gathered layers": _gathered(setup),
         "rows of experts": traffic.exchange_bytes(rows, degrees.expert, _passes(setup), setup.number),
-        "tensor group": traffic.tensor_bytes(rows, degrees.tensor, _sums(setup), setup.number),
+        "tensor group": traffic.tensor_bytes(rows, degrees.tensor, _sums(setup), setup.number)
+        + _before_and_after(setup, rows),
     }
     return {name: size for name, size in found.items() if size}
 
 
 def _rows(setup: Setup) -> StepTraffic:
     """What travels with the tokens of a step of this process."""
-    g = setup.geometry
+    g, tokens = setup.geometry, float(setup.tokens * setup.micro_batches)
     return StepTraffic(
-        tokens=float(setup.tokens * setup.micro_batches),
+        tokens=tokens,
+        supervised=tokens,
         width=g.hidden_size,
         layers=g.num_hidden_layers,
         moe_layers=len(_moe_layers(setup)),
@@ -47,14 +49,25 @@ def _passes(setup: Setup) -> float:
 def _sums(setup: Setup) -> float:
     """How often a layer's activations are summed over the tensor group, a gathering being half of a sum.
 
-    To a sum of attention and of MLP in either pass come those of what is recomputed, and for all layers
-    together the rows that are cut before the first and gathered after the last.
+    To a sum of attention and of MLP in either pass come those of what is recomputed.
     """
     mode, layers = setup.recompute, setup.geometry.num_hidden_layers
     again = 2.0 * sum(mode.whole(index) for index in range(layers))
     again += layers * (("attention" in mode.parts) + 0.5 * ("norm" in mode.parts))
     again += len(_moe_layers(setup)) * ("moe" in mode.parts) + 0.5 * layers * ("norm" in mode.parts)
-    return 4 + (again + 1) / layers
+    return 4 + again / layers
+
+
+def _before_and_after(setup: Setup, rows: StepTraffic) -> float:
+    """Words, where the vocabulary is divided; rows that are gathered after the last layer, and their losses.
+
+    In front of the first layer gradients are gathered where something trains there.
+    """
+    tensor = setup.degrees.tensor
+    once = traffic.scattered(rows.tokens, tensor) * rows.width * setup.number
+    divided = setup.local.vocab_size < setup.geometry.vocab_size
+    after = traffic.vocabulary_bytes(rows, tensor, setup.number) if divided else once
+    return after + once * setup.trains_before_layers
 
 
 def _gradients(setup: Setup) -> float:

@@ -140,10 +140,9 @@ class Setup:
 
     @property
     def trains_before_layers(self) -> bool:
-        """Whether the first decoder layer's input asks for a gradient; in several processes it always does."""
+        """Whether something trains in front of the first decoder layer."""
         before = ("vision_model.", "model.resampler_model.") if self.image_tokens else ()
-        trains = any(path.startswith((*before, "model.embed_tokens.")) for path in self.updating)
-        return trains or self.degrees.world > 1
+        return any(path.startswith((*before, "model.embed_tokens.")) for path in self.updating)
 
     @property
     def trains_vision(self) -> bool:

@@ -199,7 +199,7 @@ def _vision_backward(found: Walk, setup: Setup, blocks: list[tuple[int, Block]],
 
 def _loss(found: Walk, setup: Setup, again: bool) -> None:
     """Every token is taken to have a label."""
-    g, c = setup.geometry, setup.number
+    g, c = setup.local, setup.number
     width = float(setup.tokens) * g.hidden_size * c
     rows = setup.config.train.loss_chunk or max(16, LOGITS // g.vocab_size)
     chunk, chunks = _chunks(setup.tokens, rows)

@@ -30,9 +30,31 @@ class Waiting:
     weights: Mapping[str, Fetch]
     layers: WaitingLayers = field(default_factory=WaitingLayers)
 
-    def of(self, path: str) -> Fetch | None:
-        """What fetches a parameter; None for one that is here. `base` is an adapter's own layer."""
-        return self.weights.get(path.replace(".base.weight", ".weight"))
+    def of(self, prefix: str, layer: nn.Layer) -> _FromHost:
+        """Those of one layer. `base` in a path is the layer that an adapter goes around."""
+        found = [
+            (path, home, name, self.weights[plain])
+            for path, home, name in _parameters(layer, prefix)
+            if (plain := path.replace(".base.weight", ".weight")) in self.weights
+        ]
+        homes = {path: (home, name) for path, home, name, _ in found}
+        return _FromHost(homes, [fetch for *_, fetch in found], self.layers)
+
+
+class _FromHost:
+    """Frozen parameters of one layer that wait on the host; their room here is given up."""
+
+    def __init__(
+        self, homes: dict[str, tuple[nn.Layer, str]], fetches: list[Fetch], layers: WaitingLayers
+    ) -> None:
+        self.paths, self.homes = set(homes), list(homes.values())
+        self.layers, self.number = layers, layers.add(fetches)
+        for home, name in self.homes:
+            home._parameters[name]._clear_data()
+
+    def gather(self) -> list[Tensor]:
+        """The whole parameters."""
+        return self.layers.take(self.number)
 
 
 class _Bundle:
@@ -78,21 +100,6 @@ class _Gather(PyLayer):
         return (grad_x, *ctx.block.reduce(list(gradients)))
 
 
-class _FromHost:
-    """Frozen parameters of one layer that wait on the host; their room here is given up."""
-
-    def __init__(
-        self, homes: list[tuple[nn.Layer, str]], fetches: list[Fetch], layers: WaitingLayers
-    ) -> None:
-        self.homes, self.layers, self.number = homes, layers, layers.add(fetches)
-        for home, name in homes:
-            home._parameters[name]._clear_data()
-
-    def gather(self) -> list[Tensor]:
-        """The whole parameters."""
-        return self.layers.take(self.number)
-
-
 class Block:
     """One layer whose trained parameters (`trained`, slices by path) or frozen ones are gathered in use.
 
@@ -110,10 +117,9 @@ class Block:
     ) -> None:
         bundles: dict[tuple[bool, int, str], _Bundle] = {}
         self.team = team
-        absent: list[tuple[tuple[nn.Layer, str], Fetch]] = []
+        absent = None if waiting is None else waiting.of(prefix, layer)
         for path, home, name in _parameters(layer, prefix):
-            if waiting is not None and (fetch := waiting.of(path)) is not None:
-                absent.append(((home, name), fetch))
+            if absent is not None and path in absent.paths:
                 continue
             whole = home._parameters[name]
             group = team.replica if Part.of(path).expert else team.data
@@ -123,9 +129,8 @@ class Block:
             bundles.setdefault(key, _Bundle(group)).add(path, home, name)
         self.bundles = [bundle for (still, *_), bundle in bundles.items() if not still]
         self.frozen: list[_Bundle | _FromHost] = [b for (still, *_), b in bundles.items() if still]
-        if waiting is not None and absent:
-            homes, fetches = (list(some) for some in zip(*absent, strict=True))
-            self.frozen.append(_FromHost(homes, fetches, waiting.layers))
+        if absent is not None:
+            self.frozen.append(absent)
         self._stacks = [sub for sub in layer.sublayers() if isinstance(sub, ExpertLinear)]
         self._reached: set[str] = set()
 

@@ -82,7 +82,7 @@ class HostCopy:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """The gradients come, and go from the parameters; what is done to the copies is then done to those."""
+        """Gradients move to the copies; what is then done to these is done to the parameters afterwards."""
         moved = [path for path, held in self.parameters.items() if held.grad is not None]
         for path in moved:
             self.copies[path].grad = _fp32_on_host(self.parameters[path].grad)

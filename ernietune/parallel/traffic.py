@@ -42,7 +42,7 @@ def gradient_bytes(
     return once * (micro_batches + 1 if stage >= 2 else 2)
 
 
-def exchange_bytes(step: StepTraffic, expert: int, passes: int = 4, size: int = 4) -> float:
+def exchange_bytes(step: StepTraffic, expert: int, passes: float = 4, size: int = 4) -> float:
     """To other processes' experts and back, when experts are chosen evenly.
 
     Four passes: there and back, in the forward and in the backward pass; six with recompute.
@@ -50,7 +50,7 @@ def exchange_bytes(step: StepTraffic, expert: int, passes: int = 4, size: int = 
     return passes * scattered(step.tokens * step.chosen, expert) * step.width * size * step.moe_layers
 
 
-def tensor_bytes(step: StepTraffic, tensor: int, sums: int = 4, size: int = 4) -> float:
+def tensor_bytes(step: StepTraffic, tensor: int, sums: float = 4, size: int = 4) -> float:
     """To gather rows and to sum them: two of either a layer in the forward and two in the backward pass.
 
     Each pair is one of the `sums`, and has the bytes of an all-reduce; six with recompute, which runs the

@@ -147,7 +147,7 @@ class Optimizer:
             path, _, kind = key.partition("::")
             tensor = self.trained.part(path, values) if _is_divided(kind) else paddle.to_tensor(values)
             if kind == MASTER and self.host is not None:
-                self.host.copies[path].set_value(tensor)
+                self.host.copies[path].set_value(at(tensor, ON_HOST))
             elif kind == MASTER:
                 renamed["master_weights"][names[path]] = tensor
             else:

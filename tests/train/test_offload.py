@@ -1,4 +1,4 @@
-"""What waits on the host gives the bits of what does not: optimizer, frozen weights, one and two processes."""
+"""What waits on the host gives the bits of what does not: optimizer and frozen weights."""
 
 from __future__ import annotations
 
