@@ -4,12 +4,13 @@
 
 Tiny random models, fp32, every kind of adapter; conversations and pairs, with and without pictures. `loss`
 and `weights` are the largest differences from one process over all steps and over the final adapters, with
-the shipped epsilon of Adam, 1e-8. `rms gradient` is the root of the second moment at the number that differs
-most: a step moves a weight by rate x mean / (rms + epsilon), so noise in a gradient smaller than epsilon is
-divided by epsilon. The first row of each kind of data is the measure of that: one process whose gradients of
-a step are added up from the last micro-batch to the first. Where `weights` exceeds 1e-5 both runs are made
-again with 1e-6, and the row has both. Bytes are those of a ring or direct algorithm, counted per call in
-ernietune/parallel/collectives.py; beside them the formula of docs/parallel.md.
+the shipped epsilon of Adam, 1e-8. `gradient, noise` are, at the number that differs most, the root of Adam's
+second moment and the difference of its first ones: a step moves a weight by rate x mean / (root + epsilon),
+so noise d moves it by rate x d / epsilon at most, 1e5 d with the rate of 1e-3 here. The first row of each
+kind of data is the measure of that: one process whose gradients of a step are added up from the last micro-
+batch to the first. Where `weights` exceeds 1e-5 both runs are made again with 1e-6, and the row has both.
+Bytes are those of a ring or direct algorithm, counted per call in ernietune/parallel/collectives.py; beside
+them the formula of docs/parallel.md.
 """
 
 from __future__ import annotations
@@ -136,17 +137,20 @@ class Runs:
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest of losses and of weights, and the root of the second moment where the latter is."""
+    """The largest of losses and of weights; where the latter is, the root of the second moment of one process
+    and how far the first moments are apart.
+    """
 
     loss: float
     weights: float
     rms: float
+    noise: float
 
 
 def difference(one: Path, many: Path) -> Difference:
     """Of two runs."""
     expected, found = small_run.tensors(one), small_run.tensors(many)
-    worst, rms = 0.0, 0.0
+    worst, rms, noise = 0.0, 0.0, 0.0
     for key in (key for key in expected if key.startswith("weight::")):
         apart = np.abs(expected[key] - found[key])
         if apart.max() > worst:
@@ -154,8 +158,9 @@ def difference(one: Path, many: Path) -> Difference:
             worst = float(apart[place])
             beta2_power = float(expected[f"{path}::beta2_pow_acc_0"].reshape(-1)[0])
             rms = float(np.sqrt(expected[f"{path}::moment2_0"][place] / (1 - beta2_power)))
+            noise = float(abs(expected[f"{path}::moment1_0"][place] - found[f"{path}::moment1_0"][place]))
     losses = np.abs(small_run.losses(one) - small_run.losses(many)).max()
-    return Difference(float(losses), worst, rms)
+    return Difference(float(losses), worst, rms, noise)
 
 
 def degrees_of(parallel: dict) -> Degrees:
@@ -203,7 +208,8 @@ def activation_formulas(measure: str, output: Path, parallel: dict) -> dict[str,
 def line(measure: str, division: str, output: Path, found: Difference, larger: str, steps: int) -> str:
     """One row of the table; of pairs, which take a pass without gradients as well, without formulas."""
     start = (
-        f"| {measure} | {division} | {found.loss:.1e} | {found.weights:.1e} | {found.rms:.0e} | {larger} |"
+        f"| {measure} | {division} | {found.loss:.1e} | {found.weights:.1e} "
+        f"| {found.rms:.0e}, {found.noise:.0e} | {larger} |"
     )
     if division == REVERSED:
         return f"{start} - | - | - |"
@@ -239,7 +245,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keeps the runs, to go on; default: none does")
     options = parser.parse_args()
     print(
-        "| data | division | loss | weights | rms gradient there | loss, weights with epsilon 1e-6 "
+        "| data | division | loss | weights | gradient, noise there | loss, weights with epsilon 1e-6 "
         "| MiB held | MiB sent by rank 0 | formula |"
     )
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
