@@ -227,23 +227,28 @@ class Line:
     ahead: int
     wide: int
     waiting: int
-    bound: str
+    bounds: dict[str, str]  # by model
     calls: list[str]
-    models: list[str]
 
     def __str__(self) -> str:
         loop = f"{self.products} {self.tensor_core} + {self.others}" if self.products else str(self.others)
+        alike: dict[str, list[str]] = {}
+        for name, text in self.bounds.items():
+            alike.setdefault(text, []).append(name)
+        (bound, first), *further = alike.items()
         cells = (
             f"{self.kernel:18} sm_{self.card:<4} {self.tile:18} {self.registers:4} {self.spilled:5}",
             f"{self.shared / 1024:4.0f} {self.blocks:6}  {loop:22}",
-            f"{self.ahead:3}/{self.wide:3}/{self.waiting:3}  {self.bound:34}",
-            f"{', '.join(self.calls)} ({', '.join(self.models)})",
+            f"{self.ahead:3}/{self.wide:3}/{self.waiting:3}  {bound:40}",
+            f"{', '.join(self.calls)} ({', '.join(first)})",
         )
-        return " ".join(cells)
+        return "\n".join(
+            [" ".join(cells), *(f"{'':99}{text:40} ({', '.join(names)})" for text, names in further)]
+        )
 
 
 _TITLES = f"{'kernel':18} {'card':7} {'tile':18} regs spill  KiB blocks  {'loop':22} {'loads':11}"
-HEAD = f"{_TITLES}  {'bound':34} calls"
+HEAD = f"{_TITLES}  {'bound':40} calls"
 
 
 def tile_of(launch: Launch) -> str:
@@ -312,26 +317,29 @@ def lines(cards: list[int], words: list[str], once: bool) -> Iterator[Line]:
     """Compile what is asked for, each kernel once, or `once` each kernel's first form alone."""
     for card in cards:
         TARGET[0] = card
-        found: dict[str, tuple[Launch, Model, list[str], list[str]]] = {}
+        found: dict[str, dict[str, tuple[Launch, Model]]] = {}
+        named: dict[str, list[str]] = {}
         for m, name, launch in calls():
             text = f"{launch.kernel.__name__} {name} {m.name}"
             if (words and not any(word in text for word in words)) or (card < 89 and "FP8" in name):
                 continue
             key = launch.kernel.__name__ if once else launch.key
-            _, _, names, models = found.setdefault(key, (launch, m, [], []))
+            found.setdefault(key, {}).setdefault(m.name, (launch, m))
+            names = named.setdefault(key, [])
             names += [name] if name not in names else []
-            models += [m.name] if m.name not in models else []
-        for launch, m, names, models in found.values():
-            yield _line(launch, m, card, names, models)
+        for key, users in found.items():
+            yield _line(users, card, named[key])
 
 
-def _line(launch: Launch, m: Model, card: int, names: list[str], models: list[str]) -> Line:
+def _line(users: dict[str, tuple[Launch, Model]], card: int, names: list[str]) -> Line:
+    launch, _ = next(iter(users.values()))
     made = compiled(launch, card)
+    bounds = {name: bound(own, made, m) for name, (own, m) in users.items()}
     products = made.loop.products
     return Line(
         *(launch.kernel.__name__.removesuffix("_kernel"), card, tile_of(launch), made.registers),
         *(made.spilled, made.shared, made.blocks, made.tensor_core, products, made.loop.total - products),
-        *(made.ahead, made.wide, made.waiting, bound(launch, made, m), names, models),
+        *(made.ahead, made.wide, made.waiting, bounds, names),
     )
 
 

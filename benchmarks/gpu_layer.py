@@ -124,3 +124,21 @@ def quantised(weight: torch.Tensor, bits: int, group: int) -> Stack:
     scale = grouped.abs().amax(-1) / 7
     codes = ((grouped / scale[..., None]).round().clamp(-8, 7) + 8).to(torch.uint8).reshape(values.shape)
     return Stack((codes[..., ::2] | codes[..., 1::2] << 4).contiguous(), scale, 4, group)
+
+
+def numbers(stack: Stack) -> torch.Tensor:
+    """What the codes stand for, fp32 [E, O, I]."""
+    if stack.bits == 16:
+        return stack.codes.float()
+    if stack.bits == 8:
+        return stack.codes.float() * stack.scale[..., None]
+    pairs = torch.stack([stack.codes & 15, stack.codes >> 4], -1).flatten(-2).float() - 8.0
+    return pairs * stack.scale.repeat_interleave(stack.group, -1)
+
+
+def fp8_numbers(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """What e4m3 codes stand for: rows with a scale for 128 columns, or a stack with one for 128 x 128."""
+    wide = scale.repeat_interleave(128, -1)[..., : codes.shape[-1]]
+    if codes.ndim == 3:
+        wide = wide.repeat_interleave(128, 1)[:, : codes.shape[1]]
+    return codes.float() * wide

@@ -9,10 +9,10 @@ import torch
 from gpu import activation, cross_entropy, decode, experts, fp8, norm, permute, products, rope
 from gpu.products import Factor, Rows, Term
 from gpu.stacks import Stack
-from gpu_layer import Layer, Shapes, Truth, plain, plain_lora, quantised
+from gpu_layer import Layer, Shapes, Truth, fp8_numbers, numbers, plain, plain_lora, quantised
 from gpu_timing import CARD, DEVICE, Row, Sheet, random, turns
 
-QUANTISED = {"FP8": 0.05, 8: 0.015, 4: 0.15}
+E4M3 = 0.05  # what three bits of a number keep, relative and at most
 
 
 def shape_rows(sheet: Sheet, s: Shapes) -> None:
@@ -106,40 +106,51 @@ def _grouped_mm(x: torch.Tensor, stack: torch.Tensor, rows: Rows) -> tuple[str, 
 
 
 def quantised_rows(sheet: Sheet, s: Shapes) -> None:
-    """FP8, int8 and int4 products of the same rows, forward and input gradient, beside our own in bf16."""
+    """FP8, int8 and int4 products of the same rows, forward and input gradient, beside our own in bf16.
+
+    What is right is the product of the numbers that the codes stand for, in fp32.
+    """
     layer = Layer.make(s)
     rows, _ = layer.sorted()
     own = Rows(rows.total, rows.counts)
     x, grad = layer.x[rows.source].contiguous(), random(rows.total, s.inner)
-    codes = layer.gate.stack.codes
-    right, right_back = plain(x, rows, codes), plain(grad, rows, codes.transpose(1, 2))
     flops = 2.0 * rows.total * s.hidden * s.inner
-    bf16 = [lambda f=f: products.grouped(x if f else grad, own, [Term(layer.gate.stack)], f) for f in (1, 0)]
-    stack, x8, grad8 = fp8.quantize_blocks(codes), fp8.quantize_rows(x), fp8.quantize_rows(grad)
-    kind = str(x.dtype).rpartition(".")[2]
-    ends = (("forward", x8, x, right, bf16[0]), ("input gradient", grad8, grad, right_back, bf16[1]))
-    for word, rows8, _, truth, peer in ends:
-        forward = word == "forward"
-        run = lambda r=rows8, f=forward: fp8.grouped_fp8(r, own, stack, kind, None, f)  # noqa: E731
-        check = lambda run=run, truth=truth: (run(), truth)  # noqa: E731
-        tolerance = QUANTISED["FP8"]
-        sheet.add(f"FP8 {word}", run, check, tolerance, flops, peer=("our bf16", peer), fp8=True)
-    back = lambda: x8.codes.float() * x8.scale.repeat_interleave(128, 1)[:, : s.hidden]  # noqa: E731
-    sheet.add(
-        "FP8 rows quantised",
-        lambda: fp8.quantize_rows(x),
-        lambda: (back(), x),
-        QUANTISED["FP8"],
-        moved=3.0 * x.numel(),
-    )
+    _fp8_rows(sheet, layer.gate.stack, own, (x, grad), flops)
     for bits, group in ((8, 1), (4, 64), (4, 128)):
-        low = quantised(codes, bits, group)
-        for word, _, given, truth, peer in ends:
-            forward = word == "forward"
-            run = lambda g=given, low=low, f=forward: products.grouped(g, own, [Term(low)], f)  # noqa: E731
-            check = lambda run=run, truth=truth: (run(), truth)  # noqa: E731
+        low = quantised(layer.gate.stack.codes, bits, group)
+        for word, given in (("forward", x), ("input gradient", grad)):
+            run = lambda g=given, low=low, f=word == "forward": products.grouped(g, own, [Term(low)], f)  # noqa: E731
+            check = lambda run=run, g=given, low=low: (run(), _right(g, own, numbers(low)))  # noqa: E731
             name = f"int{bits} {word}" + (f", groups of {group}" if bits == 4 else "")
-            sheet.add(name, run, check, QUANTISED[bits], flops, peer=("our bf16", peer))
+            sheet.add(name, run, check, 0.01, flops, peer=_in_bf16(layer.gate.stack, own, given))
+
+
+def _right(x: torch.Tensor, rows: Rows, weight: torch.Tensor) -> torch.Tensor:
+    """x W^T, or x W where the width says so."""
+    return plain(x, rows, weight if x.shape[1] == weight.shape[2] else weight.transpose(1, 2))
+
+
+def _in_bf16(stack: Stack, own: Rows, x: torch.Tensor) -> tuple[str, Callable[[], Any]]:
+    forward = x.shape[1] == stack.shape[2]
+    return "our bf16", lambda: products.grouped(x, own, [Term(stack)], forward)
+
+
+def _fp8_rows(
+    sheet: Sheet, plain_stack: Stack, own: Rows, ends: tuple[torch.Tensor, torch.Tensor], flops: float
+) -> None:
+    stack = fp8.quantize_blocks(plain_stack.codes)
+    weight, kind = fp8_numbers(stack.codes, stack.scale), str(ends[0].dtype).rpartition(".")[2]
+    for word, given in zip(("forward", "input gradient"), ends, strict=True):
+        low, forward = fp8.quantize_rows(given), word == "forward"
+        run = lambda x=low, f=forward: fp8.grouped_fp8(x, own, stack, kind, None, f)  # noqa: E731
+        right = lambda x=low: _right(fp8_numbers(x.codes, x.scale), own, weight)  # noqa: E731
+        check = lambda run=run, right=right: (run(), right())  # noqa: E731
+        peer = _in_bf16(plain_stack, own, given)
+        sheet.add(f"FP8 {word}", run, check, 0.01, flops, peer=peer, fp8=True)
+    x = ends[0]
+    run = lambda: fp8.quantize_rows(x)  # noqa: E731
+    check = lambda: (fp8_numbers(run().codes, run().scale), x)  # noqa: E731
+    sheet.add("FP8 rows quantised", run, check, E4M3, moved=3.0 * x.numel())
 
 
 def head_rows(sheet: Sheet, s: Shapes) -> None:
@@ -284,14 +295,13 @@ def _decode_pair(sheet: Sheet, layer: Layer, tokens: int, stacks: list[Stack], w
         own = Rows(rows.total, rows.counts)
         downs.append(lambda h=h, r=own: (products.grouped(h, r, [Term(stacks[2])]), h, r))
     rows, _ = calls[0].sorted()
-    wide, codes = calls[0].x[rows.source], [p.stack.codes for p in layer.trio]
-    both = lambda: (pairs[0]()[0], torch.cat([plain(wide, rows, c) for c in codes[:2]], 1))  # noqa: E731
-    tolerance = QUANTISED.get(bits, 0.01)
+    wide = calls[0].x[rows.source]
+    both = lambda: (pairs[0]()[0], torch.cat([plain(wide, rows, numbers(w)) for w in stacks[:2]], 1))  # noqa: E731
     moved = used * s.inner * s.hidden * bits / 8
-    sheet.add(f"decode gate+up, {words}", pairs, both, tolerance, moved=2 * moved)
+    sheet.add(f"decode gate+up, {words}", pairs, both, moved=2 * moved)
 
     def down() -> tuple[torch.Tensor, torch.Tensor]:
         y, h, own = downs[0]()
-        return y, plain(h, own, codes[2])
+        return y, plain(h, own, numbers(stacks[2]))
 
-    sheet.add(f"decode down, {words}", downs, down, tolerance, moved=moved)
+    sheet.add(f"decode down, {words}", downs, down, moved=moved)

@@ -21,9 +21,9 @@ from .tuning import tiles
 EXTRA_BYTES = 192 << 20
 ROW_STEP = 128
 GRADIENT_BLOCK = 4096
-_TILES = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8}
-# An A100 has not the shared memory for a stage more.
-_STAGES = 3, 4
+_TILES = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
+# An A100 has neither the registers nor the shared memory for that.
+_BEFORE_HOPPER = _TILES | {"BLOCK_N": 128, "num_stages": 3}
 
 
 @triton.jit
@@ -145,7 +145,7 @@ def _parts(hidden: Tensor, labels: Tensor, vocabulary: int) -> Iterator[tuple[Te
 def _loss(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(logits fp32 [n, V], log-sum-exp [n], nll [n]) of the rows in work."""
     (rows, width), vocabulary = hidden.shape, head.shape[0]
-    default = _TILES | {"num_stages": _STAGES[capability() >= 90]}
+    default = _TILES if capability() >= 90 else _BEFORE_HOPPER
     shape = tiles("logits", dtype_name(hidden), default)
     tiles_v = triton.cdiv(vocabulary, shape["BLOCK_N"])
     logits = empty([rows, vocabulary], "float32", hidden)

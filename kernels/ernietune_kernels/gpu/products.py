@@ -164,7 +164,8 @@ def _stream_tiles(rows: Rows, stack: Stack, width: int) -> Tiles:
     if stack.bits == 4 and stack.group in (32, 64):  # A step has one scale a row.
         chosen |= {"BLOCK_K": stack.group, "num_stages": 8}
     if rows.tiles(chosen["BLOCK_M"]) * triton.cdiv(width, chosen["BLOCK_N"]) < PROGRAMS:
-        chosen |= {"BLOCK_N": chosen["BLOCK_N"] // 2}  # Or some multiprocessors have nothing to read.
+        # Or some multiprocessors have nothing to read, and the others too little on its way.
+        chosen |= {"BLOCK_N": chosen["BLOCK_N"] // 2, "num_stages": min(2 * chosen["num_stages"], 10)}
     return chosen
 
 
