@@ -138,29 +138,47 @@ class Runs:
 @dataclass(frozen=True)
 class Difference:
     """The largest of losses and of weights; where the latter is, the root of the second moment of one process
-    and how far the first moments are apart.
+    and how far the first moments are apart. `far` numbers of that parameter, `path`, are further apart than
+    1e-5; `elsewhere` is the largest difference of the others.
     """
 
     loss: float
     weights: float
     rms: float
     noise: float
+    path: str
+    far: int
+    elsewhere: float
+
+    @property
+    def apart(self) -> str:
+        """The largest difference of weights, and where it is when that is far."""
+        if not self.far:
+            return f"{self.weights:.1e}"
+        return f"{self.weights:.1e} ({self.far} numbers of {self.path}; elsewhere {self.elsewhere:.1e})"
 
 
 def difference(one: Path, many: Path) -> Difference:
     """Of two runs."""
     expected, found = small_run.tensors(one), small_run.tensors(many)
-    worst, rms, noise = 0.0, 0.0, 0.0
-    for key in (key for key in expected if key.startswith("weight::")):
-        apart = np.abs(expected[key] - found[key])
-        if apart.max() > worst:
-            place, path = np.unravel_index(apart.argmax(), apart.shape), key.removeprefix("weight::")
-            worst = float(apart[place])
-            beta2_power = float(expected[f"{path}::beta2_pow_acc_0"].reshape(-1)[0])
-            rms = float(np.sqrt(expected[f"{path}::moment2_0"][place] / (1 - beta2_power)))
-            noise = float(abs(expected[f"{path}::moment1_0"][place] - found[f"{path}::moment1_0"][place]))
-    losses = np.abs(small_run.losses(one) - small_run.losses(many)).max()
-    return Difference(float(losses), worst, rms, noise)
+    apart = {
+        key.removeprefix("weight::"): np.abs(values - found[key])
+        for key, values in expected.items()
+        if key.startswith("weight::")
+    }
+    path = max(apart, key=lambda name: apart[name].max())
+    place = np.unravel_index(apart[path].argmax(), apart[path].shape)
+    power = float(expected[f"{path}::beta2_pow_acc_0"].reshape(-1)[0])
+    first = f"{path}::moment1_0"
+    return Difference(
+        loss=float(np.abs(small_run.losses(one) - small_run.losses(many)).max()),
+        weights=float(apart[path][place]),
+        rms=float(np.sqrt(expected[f"{path}::moment2_0"][place] / (1 - power))),
+        noise=float(abs(expected[first][place] - found[first][place])),
+        path=path,
+        far=int((apart[path] > CLOSE).sum()),
+        elsewhere=max(float(values.max()) for name, values in apart.items() if name != path),
+    )
 
 
 def degrees_of(parallel: dict) -> Degrees:
@@ -208,7 +226,7 @@ def activation_formulas(measure: str, output: Path, parallel: dict) -> dict[str,
 def line(measure: str, division: str, output: Path, found: Difference, larger: str, steps: int) -> str:
     """One row of the table; of pairs, which take a pass without gradients as well, without formulas."""
     start = (
-        f"| {measure} | {division} | {found.loss:.1e} | {found.weights:.1e} "
+        f"| {measure} | {division} | {found.loss:.1e} | {found.apart} "
         f"| {found.rms:.0e}, {found.noise:.0e} | {larger} |"
     )
     if division == REVERSED:
