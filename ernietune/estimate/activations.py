@@ -136,7 +136,7 @@ def _pool(setup: Setup, path: str, name: str, tokens: float, index: int) -> Half
     if setup.gpu and setup.degrees.expert == 1:  # kernels read rows where they lie and keep no copy
         return Half(0.0, 0.0, 3 * inner + low_rank + routing, inner, wide, wide + 3 * inner)
     kept = 2 * wide + 3 * inner + low_rank + routing
-    return Half(0.0, 0.0, kept, inner, wide, max(wide, 2 * inner, 3 * wide - inner))
+    return Half(0.0, 0.0, kept, inner, wide, max(wide, 2 * inner, 2 * wide - inner))
 
 
 def _exchange(setup: Setup) -> tuple[float, float]:
@@ -147,7 +147,7 @@ def _exchange(setup: Setup) -> tuple[float, float]:
     """
     wide = float(setup.tokens) * setup.geometry.moe_k * setup.geometry.hidden_size * setup.number
     everybody = 0 if setup.gpu else setup.degrees.expert
-    return (4 + everybody) * wide, (2 + everybody) * wide
+    return (3 + everybody) * wide, (2 + everybody) * wide
 
 
 def vision_block(setup: Setup, index: int) -> Block:
