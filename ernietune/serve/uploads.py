@@ -9,6 +9,7 @@ from typing import Literal
 from PIL import Image
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+_VIDEOS = {".mp4", ".webm", ".mkv", ".mov", ".avi"}
 
 
 def kind_of(file: str | Path) -> Literal["image", "video"] | None:
@@ -19,7 +20,9 @@ def kind_of(file: str | Path) -> Literal["image", "video"] | None:
         return "video" if _moves(path) else "image"
     if suffix in _PICTURES:
         return "image"
-    return "video" if (mimetypes.guess_type(path.name)[0] or "").startswith("video/") else None
+    if suffix in _VIDEOS or (mimetypes.guess_type(path.name)[0] or "").startswith("video/"):
+        return "video"
+    return None
 
 
 def _moves(path: Path) -> bool:
