@@ -8,7 +8,10 @@ from typing import Literal
 
 from PIL import Image
 
+from ernietune.media.image import BROKEN
+
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+_VIDEOS = {".mp4", ".webm", ".mkv", ".mov", ".avi"}
 
 
 def kind_of(file: str | Path) -> Literal["image", "video"] | None:
@@ -19,12 +22,15 @@ def kind_of(file: str | Path) -> Literal["image", "video"] | None:
         return "video" if _moves(path) else "image"
     if suffix in _PICTURES:
         return "image"
-    return "video" if (mimetypes.guess_type(path.name)[0] or "").startswith("video/") else None
+    if suffix in _VIDEOS or (mimetypes.guess_type(path.name)[0] or "").startswith("video/"):
+        return "video"
+    return None
 
 
 def _moves(path: Path) -> bool:
     try:
         with Image.open(path) as image:
-            return bool(image.n_frames > 1)
-    except OSError:  # whoever opens it as a picture says what is wrong
+            image.seek(1)
+    except BROKEN:  # there is no second frame; of a damaged file whoever opens it says what is wrong
         return False
+    return True

@@ -14,7 +14,14 @@ CLIP = Path(__file__).parents[2] / "data" / "samples" / "clip.gif"
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("a.png", "image"), ("a.JPG", "image"), ("b.mp4", "video"), ("c.MOV", "video"), ("notes.txt", None)],
+    [
+        ("a.png", "image"),
+        ("a.JPG", "image"),
+        ("b.mp4", "video"),
+        ("c.MOV", "video"),
+        ("d.mkv", "video"),
+        ("notes.txt", None),
+    ],
 )
 def test_names_say_what_a_file_is(name: str, kind: str | None) -> None:
     assert kind_of(f"/t/{name}") == kind
