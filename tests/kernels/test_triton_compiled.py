@@ -66,6 +66,7 @@ def test_every_kernel_compiles_for_ampere_and_blackwell() -> None:
     without = kernels - {"fp8", "quantize", "turn"}
     assert {line["kernel"] for line in found if line["card"] == 80} == without
     for line in found:
+        assert line["spilled"] == 0, line
         assert line["shared"] <= SHARED[line["card"]], line
         assert line["blocks"] >= 1, line
 
