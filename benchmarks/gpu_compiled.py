@@ -313,15 +313,19 @@ def _stream_bound(launch: Launch, made: Compiled) -> str:
     return f"{(c['num_stages'] - 1) * turn * together / 1024:.0f} KiB, I {share:.0%}"
 
 
-def lines(cards: list[int], words: list[str], once: bool) -> Iterator[Line]:
+def lines(cards: list[int], models: list[str], words: list[str], once: bool) -> Iterator[Line]:
     """Compile what is asked for, each kernel once, or `once` each kernel's first form alone."""
     for card in cards:
         TARGET[0] = card
         found: dict[str, dict[str, tuple[Launch, Model]]] = {}
         named: dict[str, list[str]] = {}
         for m, name, launch in calls():
-            text = f"{launch.kernel.__name__} {name} {m.name}"
-            if (words and not any(word in text for word in words)) or (card < 89 and "FP8" in name):
+            text = f"{launch.kernel.__name__} {name}"
+            if (
+                m.name not in models
+                or (words and not any(word in text for word in words))
+                or (card < 89 and "FP8" in name)
+            ):
                 continue
             key = launch.kernel.__name__ if once else launch.key
             found.setdefault(key, {}).setdefault(m.name, (launch, m))
@@ -348,7 +352,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cards", type=int, nargs="+", default=[90], choices=[80, 90, 100])
-    parser.add_argument("--only", default="", help="words, of which a line's kernel, call or model has one")
+    names = [m.name for m in MODELS]
+    parser.add_argument("--models", nargs="+", default=names, choices=names)
+    parser.add_argument("--only", default="", help="words, of which a line's kernel or call has one")
     parser.add_argument("--once", action="store_true", help="each kernel in its first form alone")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -356,7 +362,7 @@ def main() -> None:
         sys.exit("this Triton has no cuobjdump and nvdisasm beside its ptxas: nothing can be read back")
     print(HEAD)
     found = []
-    for line in lines(options.cards, options.only.split(), options.once):
+    for line in lines(options.cards, options.models, options.only.split(), options.once):
         print(line, flush=True)
         found.append(line)
     if options.json:

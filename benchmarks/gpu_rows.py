@@ -283,21 +283,20 @@ def decode_expert_rows(sheet: Sheet, s: Shapes) -> None:
 
 def _decode_pair(sheet: Sheet, layer: Layer, tokens: int, stacks: list[Stack], words: str) -> None:
     s, bits = layer.shapes, stacks[0].bits
-    used = min(s.experts, tokens * s.chosen)
-    moved = used * s.inner * s.hidden * bits / 8
-    calls = [layer.with_tokens(tokens) for _ in range(turns(moved))]
-    pairs, downs = [], []
+    matrix = s.inner * s.hidden * bits / 8
+    calls = [layer.with_tokens(tokens) for _ in range(turns(s.chosen * matrix))]
+    pairs, downs, used = [], [], []
     for call in calls:
         rows, _ = call.sorted()
         h = random(rows.total, s.inner)
-        used = int((rows.counts > 0).sum().item())
+        used.append(int((rows.counts > 0).sum().item()))
         pairs.append(lambda x=call.x, r=rows: products.gate_up(x, r, Term(stacks[0]), Term(stacks[1])))
         own = Rows(rows.total, rows.counts)
         downs.append(lambda h=h, r=own: (products.grouped(h, r, [Term(stacks[2])]), h, r))
     rows, _ = calls[0].sorted()
     wide = calls[0].x[rows.source]
     both = lambda: (pairs[0]()[0], torch.cat([plain(wide, rows, numbers(w)) for w in stacks[:2]], 1))  # noqa: E731
-    moved = used * s.inner * s.hidden * bits / 8
+    moved = sum(used) / len(used) * matrix
     sheet.add(f"decode gate+up, {words}", pairs, both, moved=2 * moved)
 
     def down() -> tuple[torch.Tensor, torch.Tensor]:
