@@ -157,8 +157,8 @@ def _backward(found: Walk, setup: Setup, blocks: list[tuple[int, Block]], again:
             before = _kept(setup, block.attention, False, True)
         in_use = _brought(found, setup, index)
         if _whole(setup, index, block)[0]:
-            again = before + block.mlp.full + block.mlp.forward + block.width
-            found.note("computed again", working_memory=again, layers_in_use=in_use)
+            forward = before + block.mlp.full + block.mlp.forward + block.width
+            found.note("computed again", working_memory=forward, layers_in_use=in_use)
         for name, working in _backward_of(block, before):
             found.note(name, working_memory=working, layers_in_use=in_use)
         if not again:
