@@ -96,8 +96,8 @@ def _after(found: Walk, setup: Setup, sliced: bool) -> None:
 
 
 def masks(setup: Setup) -> float:
-    """Who sees whom, once for all layers."""
-    return 8.0 * setup.tokens
+    """Who sees whom, once for all layers: on a CPU a number for every query and each earlier key."""
+    return 8.0 * setup.tokens if setup.gpu else 4.0 * setup.tokens**2 / 2
 
 
 def _kept(setup: Setup, half: Half, whole: bool, first: bool) -> float:
@@ -157,8 +157,8 @@ def _backward(found: Walk, setup: Setup, blocks: list[tuple[int, Block]], again:
             before = _kept(setup, block.attention, False, True)
         in_use = _brought(found, setup, index)
         if _whole(setup, index, block)[0]:
-            layer = before + block.mlp.full + block.mlp.forward + block.width
-            found.note("computed again", working_memory=layer, layers_in_use=in_use)
+            forward = before + block.mlp.full + block.mlp.forward + block.width
+            found.note("computed again", working_memory=forward, layers_in_use=in_use)
         for name, working in _backward_of(block, before):
             found.note(name, working_memory=working, layers_in_use=in_use)
         if not again:

@@ -117,19 +117,17 @@ class Block:
     ) -> None:
         bundles: dict[tuple[bool, int, str], _Bundle] = {}
         self.team = team
-        absent = None if waiting is None else waiting.of(prefix, layer)
+        absent = (waiting or Waiting({})).of(prefix, layer)
         for path, home, name in _parameters(layer, prefix):
-            if absent is not None and path in absent.paths:
-                continue
             whole = home._parameters[name]
             group = team.replica if Part.of(path).expert else team.data
-            if group.size == 1 or not (frozen if whole.stop_gradient else trained):
+            if path in absent.paths or group.size == 1 or not (frozen if whole.stop_gradient else trained):
                 continue
             key = (bool(whole.stop_gradient), id(group), str(whole.dtype))
             bundles.setdefault(key, _Bundle(group)).add(path, home, name)
         self.bundles = [bundle for (still, *_), bundle in bundles.items() if not still]
         self.frozen: list[_Bundle | _FromHost] = [b for (still, *_), b in bundles.items() if still]
-        if absent is not None:
+        if absent.homes:
             self.frozen.append(absent)
         self._stacks = [sub for sub in layer.sublayers() if isinstance(sub, ExpertLinear)]
         self._reached: set[str] = set()
