@@ -102,7 +102,7 @@ class Chat:
             self._clear()
         elif command in commands:
             commands[command](rest.strip().strip("'\""))
-        elif Path(bare).is_file() and (kind := kind_of(bare)):
+        elif (kind := kind_of(bare)) and Path(bare).is_file():
             (self._attach if kind == "image" else self._attach_video)(bare)
         elif line.startswith("/") and command[1:].isalpha():
             self._say(f"There is no command {command}; /help lists them.")
