@@ -19,8 +19,8 @@ WORDS = {
     ],
     r"device\.cuda\.": [
         "ernietune/infer/options.py",
+        "ernietune/models/devices.py",
         "ernietune/parallel/accounts.py",
-        "ernietune/train/base.py",
         "ernietune/train/memory.py",
     ],
 }

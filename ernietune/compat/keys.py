@@ -60,7 +60,8 @@ RULED = frozenset(
     random_shuffle dataloader_shuffle packing one_sample_in_one_seq truncation_strategy split_multi_turn
     num_train_epochs max_steps batch_size per_device_train_batch_size global_batch_size loss_subbatch_seqlen
     max_grad_norm recompute recompute_granularity use_recompute_moe
-    offload_recompute_inputs recompute_modules lr_scheduler_type lr_scheduler warmup_steps warmup_ratio
+    offload_recompute_inputs offload_optim tensorwise_offload_optimizer recompute_modules
+    lr_scheduler_type lr_scheduler warmup_steps warmup_ratio
     min_lr do_train do_eval evaluation_strategy eval_steps max_evaluate_steps metric_for_best_model
     greater_is_better save_strategy save_steps
     overwrite_output_dir resume_from_checkpoint tensor_parallel_degree pipeline_parallel_degree
@@ -181,8 +182,8 @@ NO_EFFECT: dict[str, str] = {
         stage1_tensor_fusion stage2_overlap sync_grad tp_async_allreduce tp_sync_moment tp_sync_param
         use_dualpipev variable_seq_lengths share_folder warmup_only_rank0 expert_max_capacity
         expert_min_capacity""",
-    "memory (optimizer states stay on the card; docs/hardware.md says what can be saved)": """
-        release_grads offload_optim tensorwise_offload_optimizer optim_shard_num use_lowprecision_moment
+    "memory (docs/hardware.md says what can be saved)": """
+        release_grads optim_shard_num use_lowprecision_moment
         pre_alloc_memory use_recompute_loss_fn use_recompute_mtp recompute_use_reentrant
         no_recompute_layers refined_recompute recompute_method
         recompute_num_layers recompute_mtp_granularity recompute_mtp_method recompute_mtp_modules

@@ -18,13 +18,19 @@ _MODULES = {
     "moe_act": "activation",
     "layernorm": "norm",
 }
+_ON_HOST = {
+    "offload_recompute_inputs": "activations",
+    "offload_optim": "optimizer",
+    "tensorwise_offload_optimizer": "optimizer",
+}
 
 
 def memory(t: Translation) -> None:
-    """Recompute by granularity and modules, the MoE block by itself, and activations on the host."""
+    """Recompute by granularity and modules, the MoE block by itself, and what waits on the host."""
     _recompute(t)
-    if t.take("offload_recompute_inputs", bool, False):
-        t.put("train.offload", "activations", "offload_recompute_inputs")
+    asked = [key for key in _ON_HOST if t.take(key, bool, False)]
+    if asked:
+        t.put("train.offload", "+".join(dict.fromkeys(_ON_HOST[key] for key in asked)), *asked)
 
 
 def _recompute(t: Translation) -> None:
