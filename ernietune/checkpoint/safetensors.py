@@ -347,10 +347,7 @@ class _OutFile:
 
 
 def write_file(path: str | Path, tensors: Mapping[str, tuple[str, Array]], framework: str = "pt") -> None:
-    """Write name -> (dtype, stored array) as one file, replacing an older one only when all is written.
-
-    `framework` is what the header says of whose tensors these are; some libraries read their own only.
-    """
+    """Write name -> (dtype, stored array), marked for `framework`; an older file goes when all is written."""
     path = Path(path)
     infos = [TensorInfo(name, dtype, data.shape) for name, (dtype, data) in tensors.items()]
     file = _OutFile(path, infos, framework)
