@@ -1,13 +1,12 @@
 """What a quantised or FP8 base costs a training: the demo's recipes on the embedded model, by form.
 
-python benchmarks/quantized_training.py [FORM ...]             wint8 wint4 fp8 by default; also mixed nf4
-python benchmarks/quantized_training.py --answers [FORM ...]   the dear part, one seed
+    python benchmarks/quantized_training.py [--seeds N] [FORM ...]   wint8 wint4 fp8 by default; also mixed nf4
+    python benchmarks/quantized_training.py --answers [FORM ...]     the dear part, one seed
 
-Held-out loss: configs/tiny/sft_lora.yaml with EPOCHS epochs, over every form and `none`, each with SEEDS
+Held-out loss: configs/tiny/sft_lora.yaml with EPOCHS epochs, over every form and `none`, each with several
 orders of the data and first adapters. A run's loss is the mean of its last LAST evaluations. `to none`
-compares runs of one seed, which began alike; beside each mean stand the smallest and the largest of the
-seeds. A form differs from `none` when it does so by more than seeds alone, of which the row of `none` says
-how much they do.
+compares runs of one seed, which began alike: the mean over the seeds and its standard error. Beside each mean
+stand the smallest and the largest of the seeds; the row of `none` says how far seeds alone are apart.
 
 Answers, after the whole recipe of ten epochs:
 exact     exact answers to held-out questions: over the base as it was trained on, and over the base from
@@ -21,6 +20,7 @@ is from that of fp32, both given the same states (root mean squares).
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -33,6 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
+import numpy as np  # noqa: E402
 import paddle  # noqa: E402
 
 from ernietune import config as configuration  # noqa: E402
@@ -46,7 +47,7 @@ from ernietune.train import run as training  # noqa: E402
 from ernietune.train.base import load_base  # noqa: E402
 from ernietune.train.sft import to_inputs  # noqa: E402
 
-EPOCHS, SEEDS, LAST, EVERY = 5, 3, 4, 4  # the last evaluations are EVERY steps apart
+EPOCHS, LAST, EVERY = 5, 4, 4  # the last evaluations are EVERY steps apart
 DPO_EPOCHS = 1
 FORMS = ("wint8", "wint4", "fp8")
 HELD_OUT = 120
@@ -86,10 +87,10 @@ def trained(path: str, form: str, output: Path, *overrides: str) -> list[dict[st
     return [record for record in records if record["kind"] == "eval"]
 
 
-def losses(form: str, folder: Path) -> Losses:
+def losses(form: str, folder: Path, seeds: int) -> Losses:
     """The recipe over one form, seed by seed."""
     started, found = time.process_time(), []
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         values = [f"train.epochs={EPOCHS}", f"train.eval_every={EVERY}", f"train.seed={seed}"]
         evaluations = trained(SFT, form, folder / f"{form}-{seed}", *values)
         found.append(sum(each["loss"] for each in evaluations[-LAST:]) / LAST)
@@ -134,31 +135,38 @@ def layer_errors() -> list[float]:
 
 def main() -> None:
     """Train every form and print."""
-    asks = "--answers" in sys.argv[1:]
-    forms = [form for form in sys.argv[1:] if form != "--answers"] or list(FORMS)
-    if unknown := [form for form in forms if form not in CHOICES["model.quantization"]]:
-        sys.exit(f"{unknown[0]} is no form\n{__doc__}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("forms", nargs="*", choices=[*CHOICES["model.quantization"], []], metavar="FORM")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--answers", action="store_true")
+    args = parser.parse_args()
+    forms = args.forms or list(FORMS)
     with tempfile.TemporaryDirectory() as name:
-        print_answers(forms, Path(name)) if asks else print_losses(forms, Path(name))
+        if args.answers:
+            print_answers(forms, Path(name))
+        else:
+            print_losses(forms, Path(name), args.seeds)
     if "fp8" in forms:
         print("fp8, by decoder layer:", "  ".join(f"{error:.2%}" for error in layer_errors()))
 
 
-def print_losses(forms: list[str], folder: Path) -> None:
+def print_losses(forms: list[str], folder: Path, seeds: int) -> None:
     """Losses by form, each row as soon as it is known."""
-    print(
-        f"{'base':8}{'loss':>9}{'seeds from mean':>20}{'to none':>10}{'by seed':>20}{'CPU-s':>7}", flush=True
-    )
-    plain = losses("none", folder)
+    head = f"{'base':8}{'loss':>9}{'seeds from mean':>20}{'to none':>10}{'+-':>7}{'by seed':>20}{'CPU-s':>7}"
+    print(head, flush=True)
+    plain = losses("none", folder, seeds)
     for form in dict.fromkeys(["none", *forms]):
-        row = plain if form == "none" else losses(form, folder)
-        seeds = _range([loss / row.mean - 1 for loss in row.by_seed])
-        text = f"{form:8}{row.mean:9.5f}{seeds:>20}"
+        row = plain if form == "none" else losses(form, folder, seeds)
+        text = f"{form:8}{row.mean:9.5f}{_range([loss / row.mean - 1 for loss in row.by_seed]):>20}"
         if row is not plain:
             off = [one / other - 1 for one, other in zip(row.by_seed, plain.by_seed, strict=True)]
-            text += f"{sum(off) / len(off):+10.2%}{_range(off):>20}"
+            text += (
+                f"{sum(off) / len(off):+10.2%}{np.std(off, ddof=1) / len(off) ** 0.5:7.2%}{_range(off):>20}"
+            )
         else:
-            text += " " * 30
+            text += " " * 37
         print(f"{text}{row.seconds:7.0f}", flush=True)
 
 
