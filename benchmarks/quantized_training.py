@@ -1,6 +1,6 @@
 """What a quantised or FP8 base costs a training: the demo's recipes on the embedded model, by form.
 
-    python benchmarks/quantized_training.py [--seeds N] [FORM ...]   wint8 wint4 fp8 by default; also mixed nf4
+    python benchmarks/quantized_training.py [--seeds N] [FORM ...]   wint8 wint4 fp8; also mixed nf4
     python benchmarks/quantized_training.py --answers [FORM ...]     the dear part, one seed
 
 Held-out loss: configs/tiny/sft_lora.yaml with EPOCHS epochs, over every form and `none`, each with several
