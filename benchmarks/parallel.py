@@ -32,7 +32,7 @@ import tiny_pairs  # noqa: E402
 
 from ernietune.checkpoint.state import pointers  # noqa: E402
 from ernietune.models.config import ModelConfig  # noqa: E402
-from ernietune.parallel import accounts  # noqa: E402
+from ernietune.parallel import traffic  # noqa: E402
 from ernietune.parallel.degrees import Degrees, Part  # noqa: E402
 
 SHIPPED, LARGER, CLOSE = 1e-8, 1e-6, 1e-5
@@ -198,15 +198,15 @@ def gradient_formula(output: Path, parallel: dict, steps: int) -> float:
                 experts += values.size // degrees.expert
             else:
                 common += values.size
-    step = accounts.StepTraffic(common=common, experts=experts)
-    return steps * accounts.gradient_bytes(step, degrees.data, degrees.replicas)
+    step = traffic.StepTraffic(common=common, experts=experts)
+    return steps * traffic.gradient_bytes(step, degrees.data, degrees.replicas)
 
 
 def activation_formulas(measure: str, output: Path, parallel: dict) -> dict[str, float]:
     """Bytes one process sends for rows in training passes, by what; to experts, if choices were even."""
     degrees, config = degrees_of(parallel), ModelConfig.from_folder(output.parent / MEASURES[measure][0])
     records = small_run.log(output).values()
-    step = accounts.StepTraffic(
+    step = traffic.StepTraffic(
         tokens=sum(record["tokens"] for record in records) / degrees.data,
         supervised=sum(record["supervised_tokens"] for record in records) / degrees.data,
         width=config.hidden_size,
@@ -216,10 +216,10 @@ def activation_formulas(measure: str, output: Path, parallel: dict) -> dict[str,
     )
     found = {}
     if degrees.expert > 1:
-        found["even exchange"] = accounts.exchange_bytes(step, degrees.expert)
+        found["even exchange"] = traffic.exchange_bytes(step, degrees.expert)
     if degrees.tensor > 1:
-        found["rows"] = accounts.tensor_bytes(step, degrees.tensor)
-        found["words and labels"] = accounts.vocabulary_bytes(step, degrees.tensor)
+        found["rows"] = traffic.tensor_bytes(step, degrees.tensor)
+        found["words and labels"] = traffic.vocabulary_bytes(step, degrees.tensor)
     return found
 
 

@@ -11,26 +11,6 @@ from paddle.base import core
 
 from ernietune.parallel.collectives import all_gather
 from ernietune.parallel.team import Team
-from ernietune.parallel.traffic import (
-    StepTraffic,
-    exchange_bytes,
-    gradient_bytes,
-    tensor_bytes,
-    vocabulary_bytes,
-)
-
-__all__ = [
-    "Account",
-    "StepTraffic",
-    "all_accounts",
-    "exchange_bytes",
-    "gradient_bytes",
-    "held_memory",
-    "lines",
-    "peak_memory",
-    "tensor_bytes",
-    "vocabulary_bytes",
-]
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
 

@@ -17,7 +17,7 @@ import tiny_pairs
 from ernietune import config as configuration
 from ernietune.checkpoint import state
 from ernietune.models.config import ModelConfig
-from ernietune.parallel import accounts
+from ernietune.parallel import traffic
 from ernietune.train import run
 
 CLOSE = 1e-5
@@ -171,21 +171,21 @@ def test_a_process_holds_less_of_what_is_divided(world):
 
 def test_the_bytes_that_are_sent_are_those_of_the_formulas(world):
     trained = {k: v.size for k, v in small_run.tensors(world / "data").items() if k.startswith("weight::")}
-    step = accounts.StepTraffic(common=sum(trained.values()))
+    step = traffic.StepTraffic(common=sum(trained.values()))
     sent = processes_of(world / "data")[0]["sent"]["all_reduce"]
-    expected = 3 * accounts.gradient_bytes(step, 2, 2)
+    expected = 3 * traffic.gradient_bytes(step, 2, 2)
     # Beside the gradients: a flag for each parameter, losses and norms.
     assert expected <= sent <= 1.15 * expected
     tokens = sum(record["tokens"] for record in small_run.log(world / "tensor").values())
     config = ModelConfig.from_folder(world / "tiny-vl")
     labels = sum(record["supervised_tokens"] for record in small_run.log(world / "tensor").values())
-    step = accounts.StepTraffic(
+    step = traffic.StepTraffic(
         tokens=tokens, supervised=labels, width=config.hidden_size, layers=config.num_hidden_layers
     )
     sent = processes_of(world / "tensor")[0]["sent"]
-    expected = accounts.tensor_bytes(step, 2)
+    expected = traffic.tensor_bytes(step, 2)
     # Rows are filled up to even numbers; and the last ones are gathered.
     assert expected <= 2 * sent["reduce_scatter"] <= 1.05 * expected
-    expected += accounts.vocabulary_bytes(step, 2)
+    expected += traffic.vocabulary_bytes(step, 2)
     # And sums of gradients that are partial, gradients of pictures, what a checkpoint gathers.
     assert expected <= sum(sent.values()) <= 1.35 * expected

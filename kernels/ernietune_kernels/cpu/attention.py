@@ -11,8 +11,8 @@ import paddle
 from numpy.typing import NDArray
 from paddle import Tensor
 
-from ernietune_kernels.cpu.checks import Results, is_right
-from ernietune_kernels.cpu.library import Library, kernels
+from ernietune_kernels.cpu.checks import Results, checked
+from ernietune_kernels.cpu.library import Library
 
 QUERIES, WIDEST = 64, 256  # of one block, and of a head: as in attention.c
 Indices = NDArray[np.int64]
@@ -156,11 +156,7 @@ def library_for(q: Tensor, k: Tensor, v: Tensor) -> Library | None:
 
 @cache
 def _checked() -> Library | None:
-    """The library, None where it is missing or does not compute attention as float64 does; says so once."""
-    library = kernels()
-    if library is None:
-        return None
-    return library if is_right("attention", _results(library)) else None
+    return checked("attention", _results)
 
 
 def _results(library: Library) -> Results:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from paddle import Tensor
+
+from ernietune_kernels.cpu.library import Library, kernels
 
 _log = logging.getLogger(__name__)
 _TOLERANCE = 1e-4
@@ -28,3 +30,9 @@ def is_right(kernel: str, results: Results) -> bool:
             )
             return False
     return True
+
+
+def checked(kernel: str, results: Callable[[Library], Results]) -> Library | None:
+    """The library, None where it is missing or computes something else than float64; says so."""
+    library = kernels()
+    return library if library is not None and is_right(kernel, results(library)) else None

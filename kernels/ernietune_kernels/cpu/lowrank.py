@@ -10,8 +10,8 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from ernietune_kernels.cpu.checks import Results, is_right
-from ernietune_kernels.cpu.library import Library, kernels
+from ernietune_kernels.cpu.checks import Results, checked
+from ernietune_kernels.cpu.library import Library
 
 HIGHEST = 256  # rank, as in lowrank.c
 
@@ -98,11 +98,7 @@ def library_for(x: Tensor, a: Tensor, b: Tensor) -> Library | None:
 
 @cache
 def _checked() -> Library | None:
-    """The library, None where it is missing or computes something else than float64; says so once."""
-    library = kernels()
-    if library is None:
-        return None
-    return library if is_right("low-rank products", _results(library)) else None
+    return checked("low-rank products", _results)
 
 
 def _results(library: Library) -> Results:

@@ -9,8 +9,8 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from ernietune_kernels.cpu.checks import Results, is_right
-from ernietune_kernels.cpu.library import Library, kernels
+from ernietune_kernels.cpu.checks import Results, checked
+from ernietune_kernels.cpu.library import Library
 
 
 class _Norm(Structure):
@@ -111,12 +111,7 @@ def library_for(*tensors: Tensor) -> Library | None:
 
 @cache
 def _checked() -> Library | None:
-    """The library, None where it is missing or computes something else than float64; says so once."""
-    library = kernels()
-    if library is None:
-        return None
-    results = {**_of_norm(library), **_of_swiglu(library), **_of_rotation(library)}
-    return library if is_right("norms and activations", results) else None
+    return checked("norms and activations", lambda c: {**_of_norm(c), **_of_swiglu(c), **_of_rotation(c)})
 
 
 def _numbers(*shape: int) -> tuple[np.ndarray, Tensor]:
