@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ernietune.config import DataSection
 from ernietune.errors import ConfigError
+
+if TYPE_CHECKING:  # `--help` does without what reads configurations
+    from ernietune.config import DataSection
 
 data_app = typer.Typer(no_args_is_help=True, help="Check, show and count training data before training.")
 
