@@ -16,7 +16,7 @@ from importlib import metadata
 
 from ernietune.errors import MissingPackage
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 INSTALL_PADDLE = (
     "PaddlePaddle 3.3 is not installed; for a CPU run `pip install 'ernietune[cpu]'`, for a GPU run "
     "`pip install 'ernietune[gpu]' --extra-index-url https://www.paddlepaddle.org.cn/packages/stable/cu126/`"
@@ -55,6 +55,7 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 27)
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+        mallopt(_M_ARENA_MAX, 1)  # those of other threads, such as the engine's, are given back all the same
 
 
 def has_gpu_build() -> bool:

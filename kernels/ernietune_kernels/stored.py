@@ -1,7 +1,9 @@
 """Products of fp32 rows with weights that stay in their stored form: bf16, int8 or int4.
 
-Few rows go through the C kernels, which read each weight once. For many rows the weight becomes a panel in
-bf16 for oneDNN, with x as the sum of two bf16 numbers (x is then exact to 2^-17), or in fp32 for Paddle.
+Few rows go through the C kernels, which read each weight once, and so do many where the processor has tiles
+(cpu/tiles.h). Elsewhere the weight becomes, for many rows, a panel in bf16 for oneDNN or in fp32 for Paddle.
+With tiles and with oneDNN, x is the sum of two bf16 numbers, exact to 2^-17, and int4 weights are rounded to
+bf16, which moves each by at most 2^-9 of it.
 """
 
 from __future__ import annotations
@@ -14,12 +16,11 @@ import paddle
 from paddle import Tensor
 
 from ernietune_kernels import quantized
-from ernietune_kernels.cpu.library import Library, Matrix, kernels
+from ernietune_kernels.cpu.library import FEW_ROWS, Library, Matrix, kernels
 from ernietune_kernels.cpu.onednn import OneDNN, onednn
 from ernietune_kernels.grouped_gemm import blocks
 from ernietune_kernels.quantized import QuantizedWeight
 
-FEW_ROWS = 8
 _ROUND = 32  # rows of a large product are rounded up to this, so that few shapes have to be prepared
 _one_at_a_time = threading.Lock()  # oneDNN's prepared products hold the addresses of the call under way
 
@@ -51,7 +52,7 @@ class StoredWeight:
         if library is None:
             return quantized.linear(x, self.weight)
         x = x.contiguous()
-        if x.shape[0] <= FEW_ROWS:
+        if library.takes_many_rows or x.shape[0] <= FEW_ROWS:
             return library.product(x, self.matrix)
         return _large(library, x, self.matrix)
 
@@ -61,7 +62,7 @@ class StoredWeight:
         if library is None:
             return quantized.grouped_linear(x, self.weight, counts)
         x = x.contiguous()
-        if max(counts) <= FEW_ROWS:
+        if library.takes_many_rows or max(counts) <= FEW_ROWS:
             return library.grouped(x, self.matrix, counts)
         pieces = []
         for e, begin, end in blocks(counts):

@@ -37,7 +37,7 @@ def tolerance_of(form: str, rows: int) -> float:
     """Few rows are two digits a number beside codes (see the bound below), many of int4 go as bf16: 2^-9."""
     if form == "bf16":
         return 2e-5
-    return 8e-5 if rows <= stored.FEW_ROWS else {"int8": 2e-5, "int4": 4e-3}[form]
+    return 8e-5 if rows <= library.FEW_ROWS else {"int8": 2e-5, "int4": 4e-3}[form]
 
 
 def test_int8_is_symmetric_with_one_scale_per_output_channel() -> None:
@@ -91,6 +91,39 @@ def test_the_kernels_agree_with_the_plain_path(form: str, rows: int, out: int, w
     weight, x = weight_of(form, numbers(out, width)), paddle.to_tensor(numbers(rows, width))
     wide = quantized.widened(weight).numpy().astype(np.float64)
     close(StoredWeight(weight).product(x), x.numpy() @ wide.T, tolerance_of(form, rows))
+
+
+@pytest.mark.parametrize("form", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("rows", "out", "width"), [(20, 600, 1088), (33, 70, 1120), (290, 530, 1088), (545, 64, 64)]
+)
+def test_products_larger_than_every_block_of_the_kernels(form: str, rows: int, out: int, width: int) -> None:
+    weight, x = weight_of(form, numbers(out, width)), paddle.to_tensor(numbers(rows, width))
+    wide = quantized.widened(weight).numpy().astype(np.float64)
+    close(StoredWeight(weight).product(x), x.numpy() @ wide.T, tolerance_of(form, rows))
+
+
+@pytest.mark.parametrize("form", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_many_rows_on_tiles_threads_and_onednn(
+    form: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each way in turn, on the same threads: tiles are set up anew by whoever comes next."""
+    built, parallel = library.kernels(), library._parallel()
+    if built is None or parallel is None:
+        pytest.skip("no compiler or no OpenMP runtime here")
+    weight, x = weight_of(form, numbers(300, 160)), paddle.to_tensor(numbers(50, 160))
+    wanted = x.numpy() @ quantized.widened(weight).numpy().astype(np.float64).T
+    tiles = built.takes_many_rows
+    built.c.ernie_threads(parallel, threads)
+    try:
+        for uses_tiles in (tiles, False, tiles):
+            monkeypatch.setattr(built, "takes_many_rows", uses_tiles)
+            close(StoredWeight(weight).product(x), wanted, tolerance_of(form, 50))
+            grouped = StoredWeight(weight_of(form, numbers(2, 40, 160))).grouped(x, [29, 21])
+            assert not np.isnan(grouped.numpy()).any()
+    finally:
+        built.c.ernie_threads(parallel, built.threads)
 
 
 @pytest.mark.parametrize("form", ["int8", "int4"])

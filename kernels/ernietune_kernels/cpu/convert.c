@@ -1,8 +1,54 @@
-/* Between stored numbers and panels for large products. */
+#include "convert.h"
+
 #include <math.h>
 
-#include "linear.h"
 #include "vector.h"
+
+/* Round to nearest, ties to even: the upper halves of the result are bf16. */
+INLINE U32V rounded(V x) {
+    U32V bits = (U32V)x;
+    return bits + 0x7fff + ((bits >> 16) & 1);
+}
+
+static void widen_int8(const int8_t *codes, int64_t width, uint16_t *result) {
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) {
+        U16V upper = __builtin_convertvector((U32V)load_int8(codes + i) >> 16, U16V);
+        memcpy(result + i, &upper, sizeof upper);
+    }
+    for (; i < width; i++) result[i] = to_bf16((float)codes[i]);
+}
+
+static void widen_int4(const uint8_t *codes, const float *scale, int64_t group, int64_t width, uint16_t *result) {
+    for (int64_t i = 0; i < width; i += 2 * LANES) {
+        V even, odd;
+        load_int4(codes + i / 2, &even, &odd);
+        U32V pairs = (rounded(even * scale[i / group]) >> 16) | (rounded(odd * scale[i / group]) & 0xffff0000);
+        memcpy(result + i, &pairs, sizeof pairs);
+    }
+}
+
+void widen_to_bf16(const Matrix *m, int64_t row, int64_t column, int64_t width, uint16_t *result) {
+    int64_t first = row * m->in + column;
+    if (m->bits == 16) memcpy(result, (const uint16_t *)m->codes + first, (size_t)width * sizeof *result);
+    else if (m->bits == 8) widen_int8((const int8_t *)m->codes + first, width, result);
+    else widen_int4((const uint8_t *)m->codes + first / 2, m->scale + first / m->group, m->group, width, result);
+}
+
+static void widen_to_floats(const Matrix *m, int64_t row, float *wide) {
+    int64_t first = row * m->in;
+    if (m->bits == 16) {
+        for (int64_t i = 0; i < m->in; i++) wide[i] = from_bf16(((const uint16_t *)m->codes)[first + i]);
+    } else if (m->bits == 8) {
+        for (int64_t i = 0; i < m->in; i++) wide[i] = (float)((const int8_t *)m->codes)[first + i] * m->scale[row];
+    } else {
+        for (int64_t i = 0; i < m->in; i += 2) {
+            int codes = ((const uint8_t *)m->codes)[(first + i) / 2];
+            float scale = m->scale[(first + i) / m->group];
+            wide[i] = (float)((codes & 15) - 8) * scale, wide[i + 1] = (float)((codes >> 4) - 8) * scale;
+        }
+    }
+}
 
 typedef struct {
     const Matrix *matrix;
@@ -13,34 +59,12 @@ typedef struct {
 static void widen_rows(const void *context, int64_t begin, int64_t end) {
     const Widening *w = context;
     const Matrix *m = w->matrix;
-    for (int64_t row = begin; row < end; row++) {
-        float *wide = (float *)w->panel + row * m->in;
-        uint16_t *narrow = (uint16_t *)w->panel + row * m->in;
-        /* One loop per stored type: each becomes a vector loop. */
-        if (m->bits == 8 && w->bits == 16) {
-            const int8_t *codes = (const int8_t *)m->codes + row * m->in;
-            for (int64_t i = 0; i < m->in; i++) narrow[i] = to_bf16((float)codes[i]);
-        } else if (m->bits == 8) {
-            const int8_t *codes = (const int8_t *)m->codes + row * m->in;
-            for (int64_t i = 0; i < m->in; i++) wide[i] = (float)codes[i] * m->scale[row];
-        } else if (m->bits == 4) {
-            const uint8_t *codes = (const uint8_t *)m->codes + row * m->in / 2;
-            const float *scale = m->scale + row * (m->in / m->group);
-            for (int64_t g = 0; g < m->in / m->group; g++)
-                for (int64_t i = g * m->group / 2; i < (g + 1) * m->group / 2; i++) {
-                    float even = (float)((codes[i] & 15) - 8) * scale[g];
-                    float odd = (float)((codes[i] >> 4) - 8) * scale[g];
-                    if (w->bits == 16) narrow[2 * i] = to_bf16(even), narrow[2 * i + 1] = to_bf16(odd);
-                    else wide[2 * i] = even, wide[2 * i + 1] = odd;
-                }
-        } else {
-            const uint16_t *bits = (const uint16_t *)m->codes + row * m->in;
-            for (int64_t i = 0; i < m->in; i++) wide[i] = from_bf16(bits[i]);
-        }
-    }
+    for (int64_t row = begin; row < end; row++)
+        if (w->bits == 16) widen_to_bf16(m, row, 0, m->in, (uint16_t *)w->panel + row * m->in);
+        else widen_to_floats(m, row, (float *)w->panel + row * m->in);
 }
 
-/* A bf16, int8 or int4 matrix as fp32 (bits 32), or as bf16 (bits 16); bf16 holds int8 codes exactly, without their scale. */
+/* A bf16, int8 or int4 matrix as fp32 (bits 32), or as bf16 (bits 16), int8 then without its scales. */
 void ernie_widen(const Matrix *matrix, void *panel, int bits) {
     Widening widening = {matrix, panel, bits};
     for_all(widen_rows, &widening, matrix->out, 16);

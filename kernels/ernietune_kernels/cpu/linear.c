@@ -4,17 +4,24 @@
 #include <stdlib.h>
 
 #include "digits.h"
+#include "tiles.h"
 #include "vector.h"
+
+#define FEW_ROWS 8 /* of x: each row of weights is multiplied as it is read; more go through tiles, where there are some */
 
 /* The OpenMP runtime that the process has already: a second one's threads would fight with its own. */
 typedef void (*Parallel)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
 static Parallel parallel;
-static int threads = 1;
+static int threads = 1, tiles_exist;
 
 void ernie_threads(void *gomp_parallel, int count) {
     parallel = (Parallel)gomp_parallel;
     threads = parallel ? count : 1;
+    tiles_exist = tiles_ready();
 }
+
+/* Whether products of many rows are in good hands here. */
+int ernie_tiles(void) { return tiles_exist; }
 
 int thread_count(void) { return threads; }
 
@@ -135,15 +142,20 @@ INLINE void some_rows(const Matrix *m, int R, int64_t row, const float *x, float
     }
 }
 
-/* A job whose x is in the form that the matrix wants: digits, or else job.x. */
+/* A job whose x is in the form that the matrix wants: tiles, digits, or else job.x. */
 typedef struct {
     Job job;
+    const char *tiles;
     const Digits *digits;
 } Prepared;
 
-static void job_rows(const Prepared *prepared, int64_t begin, int64_t end) {
+static int is_tiled(const Job *job) { return tiles_exist && job->rows > FEW_ROWS && job->matrix.bits <= 16; }
+
+/* 0, or -1 when there is no memory for tiles. */
+static int job_rows(const Prepared *prepared, int64_t begin, int64_t end) {
     const Job *job = &prepared->job;
     const Matrix *m = &job->matrix;
+    if (prepared->tiles) return tiled_columns(m, begin, end, prepared->tiles, job->rows, job->y);
     float result[4];
     for (int64_t o = begin; o < end; o++) {
         if (prepared->digits) {
@@ -161,14 +173,21 @@ static void job_rows(const Prepared *prepared, int64_t begin, int64_t end) {
             done += taken;
         }
     }
+    return 0;
 }
 
+typedef struct {
+    Prepared *list;
+    atomic_int failed;
+} Jobs;
+
 static void jobs_rows(const void *context, int64_t begin, int64_t end) {
-    const Prepared *prepared = context;
+    Jobs *jobs = (Jobs *)context;
+    const Prepared *prepared = jobs->list;
     for (int64_t first = 0; first < end; first += prepared->job.matrix.out, prepared++) {
         int64_t out = prepared->job.matrix.out;
         int64_t low = begin > first ? begin - first : 0, high = end - first < out ? end - first : out;
-        if (low < high) job_rows(prepared, low, high);
+        if (low < high && job_rows(prepared, low, high)) jobs->failed = 1;
     }
 }
 
@@ -183,14 +202,18 @@ static void split_columns(const float *x, int64_t count, float *result) {
 /* Bytes that the prepared x of a job takes, a multiple of 64. */
 static int64_t room_of(const Job *job) {
     const Matrix *m = &job->matrix;
+    if (is_tiled(job)) return tiles_bytes(job->rows, m->in);
     if (m->bits <= BYTE_PRODUCTS) return job->rows * blocks_of(m->in) * (int64_t)sizeof(Digits);
     return m->bits == 4 ? (job->rows * m->in * (int64_t)sizeof(float) + 63) / 64 * 64 : 0;
 }
 
 static Prepared prepared_in(char *room, const Job *job) {
     const Matrix *m = &job->matrix;
-    Prepared result = {*job, NULL};
-    if (m->bits <= BYTE_PRODUCTS) {
+    Prepared result = {*job, NULL, NULL};
+    if (is_tiled(job)) {
+        to_tiles(job->x, job->rows, m->in, room);
+        result.tiles = room;
+    } else if (m->bits <= BYTE_PRODUCTS) {
         to_digits(job->x, job->rows, m->in, m->bits, (Digits *)room);
         result.digits = (const Digits *)room;
     } else if (m->bits == 4) {
@@ -214,23 +237,34 @@ static void prepare(const Job *jobs, int64_t count, Prepared *prepared, char *ro
     }
 }
 
+/* How many rows of weights a thread takes at a time: enough for its look-ahead, few enough for all to end together. */
+static int64_t chunk_of(int64_t rows, int64_t bytes, int tiled) {
+    if (tiled) { /* whole panels; each piece reads all tiles of x again */
+        int64_t even = (rows / (4 * threads) + 63) / 64 * 64;
+        return even < 128 ? 128 : even < COLUMNS ? even : COLUMNS;
+    }
+    int64_t chunk = (64 << 10) / (bytes / (rows ? rows : 1) + 1), even = rows / (4 * threads) + 1;
+    return chunk < 8 ? 8 : chunk < even ? chunk : even;
+}
+
 int run_jobs(const Job *jobs, int64_t count) {
     int64_t total = 0, bytes = 0, room = 0;
+    int tiled = 0;
     for (int64_t i = 0; i < count; i++) {
         const Matrix *m = &jobs[i].matrix;
         total += m->out;
         bytes += m->out * m->in * m->bits / 8;
         room += room_of(&jobs[i]);
+        tiled |= is_tiled(&jobs[i]);
     }
     int64_t list = (count * (int64_t)sizeof(Prepared) + 63) / 64 * 64;
     char *own = aligned_alloc(64, (size_t)(room + list));
     if (!own) return count ? -1 : 0;
-    prepare(jobs, count, (Prepared *)(own + room), own);
-    int64_t row_bytes = bytes / (total ? total : 1) + 1, chunk = (64 << 10) / row_bytes;
-    int64_t even = total / (4 * threads) + 1;
-    for_all(jobs_rows, own + room, total, chunk < 8 ? 8 : chunk < even ? chunk : even);
+    Jobs prepared = {(Prepared *)(own + room), 0};
+    prepare(jobs, count, prepared.list, own);
+    for_all(jobs_rows, &prepared, total, chunk_of(total, bytes, tiled));
     free(own);
-    return 0;
+    return -prepared.failed;
 }
 
 Matrix expert_of(const Matrix *stack, int64_t index) {
