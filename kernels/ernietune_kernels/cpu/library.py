@@ -19,7 +19,7 @@ from ernietune_kernels.quantized import QuantizedWeight
 
 _log = logging.getLogger(__name__)
 PLAIN = "ERNIETUNE_PLAIN_KERNELS"
-FEW_ROWS = 8  # of x, as in linear.c: beyond it the C code is good only where there are tiles
+FEW_ROWS = 8  # of x: beyond it the C code is good only where there are tiles
 _SMALL = ((5, 64), (3, 96), (7, 288))  # out and in of the matrices that are compared
 _TOLERANCE = 1e-4
 _ROUNDED = 4e-3  # panels of int4 weights are rounded to bf16

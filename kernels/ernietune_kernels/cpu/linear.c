@@ -7,7 +7,9 @@
 #include "tiles.h"
 #include "vector.h"
 
-#define FEW_ROWS 8 /* of x: each row of weights is multiplied as it is read; more go through tiles, where there are some */
+/* So few rows of x meet each row of weights as it is read; more go through tiles, where there are some. */
+#define FEW_ROWS_BF16 2
+#define FEW_ROWS_CODES 8
 
 /* The OpenMP runtime that the process has already: a second one's threads would fight with its own. */
 typedef void (*Parallel)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
@@ -149,7 +151,10 @@ typedef struct {
     const Digits *digits;
 } Prepared;
 
-static int is_tiled(const Job *job) { return tiles_exist && job->rows > FEW_ROWS && job->matrix.bits <= 16; }
+static int is_tiled(const Job *job) {
+    int bits = job->matrix.bits;
+    return tiles_exist && bits <= 16 && job->rows > (bits == 16 ? FEW_ROWS_BF16 : FEW_ROWS_CODES);
+}
 
 /* 0, or -1 when there is no memory for tiles. */
 static int job_rows(const Prepared *prepared, int64_t begin, int64_t end) {

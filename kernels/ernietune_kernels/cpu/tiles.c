@@ -15,7 +15,7 @@
 #define STEPS 8
 #define SLICE (4 * STEPS)
 #define GROUP 256
-#define FEW_BLOCKS 2 /* of sixteen rows of x */
+#define FEW_BLOCKS 6 /* of sixteen rows of x */
 
 INLINE int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
