@@ -102,7 +102,7 @@ def test_a_fused_step_is_the_step_of_the_layers(folders: dict[str, Path], shape:
 
 
 def steps(engine: Engine) -> np.ndarray:
-    """Logits of three sequences of unlike lengths, each with a prompt and three steps of one or more tokens."""
+    """Logits of three sequences of unlike lengths, with a prompt and three steps of a few tokens each."""
     runner, model, found = engine._loop.core.runner, engine.model, []
 
     def forward(ids: np.ndarray, positions: np.ndarray, spans: list[Span]) -> None:
