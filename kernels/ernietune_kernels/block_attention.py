@@ -131,7 +131,7 @@ def cached_attention(q_THd: Tensor, k_KSd: Tensor, v_KSd: Tensor, plan: Attentio
 
 
 def _few_queries(library: Library, q_THd: Tensor, k_KSd: Tensor, v_KSd: Tensor) -> Tensor:
-    """The heads that share keys as further queries of one head: the C reads keys once for a block of queries."""
+    """The heads that share keys as queries of one head: the C reads keys once for a block of queries."""
     tokens, heads, width = q_THd.shape
     groups, keys, _ = k_KSd.shape
     repeat = heads // groups
