@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ernietune.errors import CheckpointError, DataError
 from ernietune.media.fetch import Download, locate, short
@@ -89,6 +89,8 @@ def open_image(
             return _decoded(image, name)
     except FileNotFoundError as error:
         raise DataError(f"image {name}: there is no file {source}") from error
+    except UnidentifiedImageError as error:
+        raise DataError(f"image {name}: not a readable image (no format that is known)") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"image {name}: {error}; scale it down") from error
     except BROKEN as error:

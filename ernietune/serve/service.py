@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -26,6 +27,9 @@ from ernietune.serve.unsupported import UnsupportedField
 from ernietune.text.messages import parse_conversation
 from ernietune.text.parse import OutputParser, ParserChoice, tail_of
 
+_log = logging.getLogger(__name__)
+_MOST_UNKNOWN = 100  # names that are remembered, so that nobody fills the memory with them
+
 
 class Service:
     """What the routes work with."""
@@ -36,6 +40,7 @@ class Service:
         self._started = int(time.time())
         self._opener = MediaOpener(settings.media_folder, Fetcher(settings.media_domains))
         self._mail: Mailbox | None = None
+        self._unknown: set[str] = set()  # fields that the log has named
         self._seeds = None if settings.seed is None else random.Random(settings.seed)
 
     @property
@@ -65,8 +70,13 @@ class Service:
 
     def settle(self, body: SamplingFields) -> SamplingParams:
         """Check a request and read its sampling settings; RequestError for what cannot be done."""
-        body.check(self.names if self.settings.strict_model_name else None)
+        for name in body.check(self.names if self.settings.strict_model_name else None):
+            if name not in self._unknown and len(self._unknown) < _MOST_UNKNOWN:
+                self._unknown.add(name)
+                _log.warning("requests bring the field %r, which has no effect here", name)
         most = self.engine.model.config.vocab_size - 1
+        if "" in (body.bad_words or ()):
+            raise SettingError("bad_words", "holds an empty string, which is no word; leave it out")
         for token in body.bad_words_token_ids or ():
             if not 0 <= token <= most:
                 problem = f"is {token}; it must be made of token ids between 0 and {most}"
