@@ -143,7 +143,7 @@ def _few_queries(library: Library, q_THd: Tensor, k_KSd: Tensor, v_KSd: Tensor) 
     return output.reshape([tokens, heads, width])
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)  # of the sequences of a step, for all layers
 def _sight_of_groups(tokens: int, keys: int, repeat: int, block: int) -> Sight:
     """Causal sight of the last `tokens` of `keys` positions, each `repeat` rows of queries long."""
     rows = tokens * repeat

@@ -149,8 +149,13 @@ def test_heads_that_share_keys_read_them_together(
     library = compiled.library_for(tensor(q, False), *by_head)
     assert library is not None
     monkeypatch.setattr(library, "threads", threads)  # decides how the queries are cut
-    found = kernels.cached_attention(tensor(q, False), *by_head, kernels.causal_plan(queries, keys))
+    plan = kernels.causal_plan(queries, keys)
+    found = kernels.cached_attention(tensor(q, False), *by_head, plan)
     close(found, truth(q, k, v, q, visible(packed(keys), queries))[0])
+    one_by_one, _ = compiled.forward(
+        library, tensor(q, False), *by_head, plan.sight, keep=False, by_head=True
+    )
+    np.testing.assert_array_equal(found.numpy(), one_by_one.numpy())
 
 
 def test_frames_see_both_ways() -> None:
