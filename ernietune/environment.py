@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import logging
 import os
 import sys
 import warnings
@@ -87,8 +88,12 @@ def _import_quietly() -> None:
     try:
         import paddle  # noqa: F401
     finally:
-        sys.stderr.close()
-        sys.stderr = stderr
+        hidden, sys.stderr = sys.stderr, stderr
+        # It also sets up the logging of the process, which has to write where people read.
+        for handler in logging.root.handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream is hidden:
+                handler.setStream(stderr)
+        hidden.close()
 
 
 def _mkl_type_on_amd() -> str | None:

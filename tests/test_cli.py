@@ -152,3 +152,14 @@ def test_a_preview_needs_no_paddle(tmp_path: Path) -> None:
     missing = run(WITHOUT_PADDLE, "data", "preview", "x.jsonl", "--model", tmp_path / "none")
     assert (missing.returncode, missing.stdout) == (2, "")
     assert missing.stderr.startswith(f"error: {tmp_path / 'none'} is neither an existing folder nor a hub id")
+
+
+def test_what_is_logged_after_paddle_came_is_seen() -> None:
+    """Paddle sets up the logging while the lines that it prints at its import are hidden."""
+    done = run(
+        "import logging\nfrom ernietune.environment import require_paddle\nrequire_paddle()\n"
+        "logging.getLogger('ernietune.x').warning('a notice')"
+    )
+    assert done.returncode == 0
+    (line,) = done.stderr.splitlines()
+    assert line.endswith("a notice")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from paddle import Tensor
 from paddle.utils.dlpack import from_dlpack
 
 HOST_DTYPES = ("float32", "float64")
+_Room = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,13 @@ class StepCache:
         self.spans = tuple(spans)
         self._rows = rows
         self._new = rows.index(np.concatenate([span.slots[span.first :] for span in spans]))
-        speaking = [span for span in spans if span.stop - span.start == 1]
+        speaking = _of_similar_length([span for span in spans if span.stop - span.start == 1])
         reading = [span for span in spans if span.stop - span.start > 1]
+        largest = max([*(_padded(group) for group in speaking), *(span.length for span in reading)])
+        room = rows.room(largest)
         self._parts: list[_Together | _Alone] = [
-            *(_Together(rows, group) for group in _of_similar_length(speaking)),
-            *(_Alone(rows, span) for span in reading),
+            *(_Together(rows, group, room) for group in speaking),
+            *(_Alone(rows, span, room) for span in reading),
         ]
         order = np.argsort(np.concatenate([part.places for part in self._parts]))
         self._order = None if (order == np.arange(len(order))).all() else paddle.to_tensor(order)
@@ -99,21 +103,22 @@ class StepCache:
 class _Alone:
     """A sequence that reads several tokens."""
 
-    def __init__(self, rows: _HostRows | _DeviceRows, span: Span) -> None:
+    def __init__(self, rows: _HostRows | _DeviceRows, span: Span, room: _Room) -> None:
         self.places = np.arange(span.start, span.stop)
-        self.slots = rows.index(span.slots)
+        self.slots, self._room = rows.index(span.slots), room
         self._start, self._stop = span.start, span.stop
         self._plan = causal_plan(span.stop - span.start, span.length)
 
     def attend(self, q: Tensor, rows: _HostRows | _DeviceRows, layer: int) -> Tensor:
-        keys, values = rows.read(layer, self.slots)
+        keys, values = rows.read(layer, self.slots, self._room)
         return cached_attention(q[self._start : self._stop], keys, values, self._plan)
 
 
 class _Together:
     """Sequences with one new token each; their slots are padded to the longest with their own first slot."""
 
-    def __init__(self, rows: _HostRows | _DeviceRows, spans: Sequence[Span]) -> None:
+    def __init__(self, rows: _HostRows | _DeviceRows, spans: Sequence[Span], room: _Room) -> None:
+        self._room = room
         self.places = np.array([span.start for span in spans], np.int64)
         self._places = paddle.to_tensor(self.places)
         lengths = np.array([span.length for span in spans], np.int32)[:, None]
@@ -129,7 +134,12 @@ class _Together:
         own = paddle.gather(q, self._places)
         if isinstance(rows, _DeviceRows) and available_for_products(own):
             return paged_attention(own, *rows.pages(layer), self.slots, self._lengths)
-        return decode_attention(own, *rows.read(layer, self.slots), self._bias)
+        return decode_attention(own, *rows.read(layer, self.slots, self._room), self._bias)
+
+
+def _padded(spans: Sequence[Span]) -> int:
+    """Slots of a group in which all are as long as the longest."""
+    return len(spans) * max(span.length for span in spans)
 
 
 def _of_similar_length(spans: Sequence[Span]) -> list[list[Span]]:
@@ -159,10 +169,22 @@ class _HostRows:
         for rows, new in zip(self.all[layer], (k, v), strict=True):
             rows[:, slots] = np.from_dlpack(new.detach()).transpose(1, 0, 2)
 
-    def read(self, layer: int, slots: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """(keys, values) in slots [S] or [B, S], each contiguous [KV, S, d] or [KV, B, S, d]."""
-        keys, values = self.all[layer]
-        return from_dlpack(keys.take(slots, axis=1)), from_dlpack(values.take(slots, axis=1))
+    def room(self, count: int) -> _Room:
+        """Memory for the keys and values of so many slots, for one part of a step at a time."""
+        _, _, kv_heads, _, head_dim = self.all.shape
+        return np.empty([2, kv_heads * count * head_dim], self.all.dtype)
+
+    def read(self, layer: int, slots: NDArray[np.int64], room: _Room) -> tuple[Tensor, Tensor]:
+        """(keys, values) in slots [S] or [B, S], each contiguous [KV, S, d] or [KV, B, S, d], in the room.
+
+        New memory for each layer would cost more than what is written into it.
+        """
+        _, _, kv_heads, _, head_dim = self.all.shape
+        shape = (kv_heads, *slots.shape, head_dim)
+        found = [part[: math.prod(shape)].reshape(shape) for part in room]
+        for rows, part in zip(self.all[layer], found, strict=True):
+            rows.take(slots, axis=1, out=part, mode="clip")  # no slot is outside; "raise" makes a copy
+        return from_dlpack(found[0]), from_dlpack(found[1])
 
 
 class _DeviceRows:
@@ -175,6 +197,10 @@ class _DeviceRows:
     def index(self, slots: NDArray[np.int64]) -> Tensor:
         return paddle.to_tensor(slots)
 
+    def room(self, count: int) -> _Room:
+        """None is needed: memory of a GPU is kept for the next layer anyway."""
+        return np.empty(0)
+
     def pages(self, layer: int) -> tuple[Tensor, Tensor]:
         """All of a layer's keys and values [slots, KV, d], as they lie."""
         return self._all[layer]
@@ -183,7 +209,7 @@ class _DeviceRows:
         for rows, new in zip(self._all[layer], (k, v), strict=True):
             paddle.scatter_(rows, slots, new)
 
-    def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, layer: int, slots: Tensor, room: _Room) -> tuple[Tensor, Tensor]:
         """(keys, values) in slots [S] or [B, S], each contiguous [KV, S, d] or [KV, B, S, d]."""
         axes = [slots.ndim, *range(slots.ndim), slots.ndim + 1]
         keys, values = (

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from ernietune.errors import RequestError
 from ernietune.infer.adapters import Adapters, ServedAdapter
 from ernietune.infer.core import Core, Stats
+from ernietune.infer.following import Arrived, collect, complete, follow
 from ernietune.infer.generation import Generation
 from ernietune.infer.guided import Guides
-from ernietune.infer.loop import Loop
+from ernietune.infer.loop import Loop, Run
 from ernietune.infer.media import MediaReader, OpenImage, OpenVideo
 from ernietune.infer.memory import MemoryPlan
 from ernietune.infer.options import EngineOptions, token_bytes
@@ -43,8 +44,6 @@ from ernietune.text.parse import THINK_CLOSE
 from ernietune.text.positions import media_tokens, positions_3d
 from ernietune.text.template import Template
 from ernietune.text.tokenizer import Tokenizer
-
-_POLL_SECONDS = 0.1  # how often a stream that waits gives its reader the chance to close it
 
 
 class Engine:
@@ -205,6 +204,22 @@ class Engine:
         """End what runs, with RequestError for who waits for it; a later request starts the engine again."""
         self._loop.close()
 
+    def run(
+        self,
+        request: Request,
+        params: SamplingParams,
+        deliver: Callable[[Delta | BaseException], None],
+        priority: int = 0,
+    ) -> Run:
+        """A request that is checked and waits to be started.
+
+        `deliver` is called from the engine's thread, and must neither block nor raise, with the deltas of
+        every choice until each had its finish reason, or with the error that ended the request. A request of
+        a smaller `priority` number goes first. Raises ContextLengthError when prompt and max_tokens exceed
+        the context, SettingError.
+        """
+        return Run(self._loop, self._ticket(request, params, deliver, priority))
+
     def submit(
         self,
         request: Request,
@@ -212,28 +227,21 @@ class Engine:
         deliver: Callable[[Delta | BaseException], None],
         priority: int = 0,
     ) -> Callable[[], None]:
-        """Start a request; return the function that cancels it, which may be called at any time.
-
-        `deliver` is called from the engine's thread, and must neither block nor raise, with the deltas of
-        every choice until each had its finish reason, or with the error that ended the request. A request of
-        a smaller `priority` number goes first. Raises ContextLengthError when prompt and max_tokens exceed
-        the context, SettingError.
-        """
-        ticket = self._ticket(request, params, deliver, priority)
-        self._loop.submit(ticket)
-        return lambda: self._loop.cancel(ticket)
+        """Start a request as `run` describes it; return the function that cancels it."""
+        run = self.run(request, params, deliver, priority)
+        run.start()
+        return run.cancel
 
     def stream(
         self, request: Request, params: SamplingParams, priority: int = 0
     ) -> Generator[Delta, None, None]:
         """Generate step by step; the last delta of a choice has the finish reason. Closing cancels.
 
-        Raises what `submit` raises at once, but starts with the first `next`. While nothing arrives it yields
+        Raises what `run` raises at once, but starts with the first `next`. While nothing arrives it yields
         empty deltas, so that a waiting request can be closed too.
         """
-        arrived: queue.SimpleQueue[Delta | BaseException] = queue.SimpleQueue()
-        ticket = self._ticket(request, params, arrived.put, priority)
-        return self._follow(ticket, arrived)
+        arrived: Arrived = queue.SimpleQueue()
+        return follow(self.run(request, params, arrived.put, priority), arrived, params.n)
 
     def generate(self, request: Request, params: SamplingParams, priority: int = 0) -> Completion:
         """The whole answer at once; SettingError when more than one choice is asked for."""
@@ -262,38 +270,13 @@ class Engine:
             self._ticket(request, settings, partial(_put, arrived, number), 0)
             for number, (request, settings) in enumerate(zip(requests, params, strict=True))
         ]
-        deltas: list[list[Delta]] = [[] for _ in tickets]
         self._loop.submit(*tickets)
         try:
-            unfinished = len(tickets)
-            while unfinished:
-                number, item = arrived.get()
-                if isinstance(item, BaseException):
-                    raise item
-                deltas[number].append(item)
-                unfinished -= item.finish_reason is not None
+            deltas = collect(arrived, len(tickets))
         finally:
             for ticket in tickets:
                 self._loop.cancel(ticket)
         return [complete(part, len(request.ids)) for part, request in zip(deltas, requests, strict=True)]
-
-    def _follow(
-        self, ticket: Ticket, arrived: queue.SimpleQueue[Delta | BaseException]
-    ) -> Generator[Delta, None, None]:
-        unfinished = len(ticket.sequences)
-        self._loop.submit(ticket)
-        try:
-            while unfinished:
-                try:
-                    item = arrived.get(timeout=_POLL_SECONDS)
-                except queue.Empty:
-                    item = Delta()
-                if isinstance(item, BaseException):
-                    raise item
-                unfinished -= item.finish_reason is not None
-                yield item
-        finally:
-            self._loop.cancel(ticket)
 
     def _ticket(
         self,
@@ -361,23 +344,6 @@ class Engine:
 
 def _put(arrived: queue.SimpleQueue[tuple[int, Any]], number: int, item: Delta | BaseException) -> None:
     arrived.put((number, item))
-
-
-def complete(deltas: Iterable[Delta], prompt_tokens: int) -> Completion:
-    """Join the deltas of one choice of a whole generation."""
-    kept = [delta for delta in deltas if delta.ids or delta.finish_reason]
-    reason = kept[-1].finish_reason if kept else None
-    assert reason is not None, "a generation ended without a finish reason"
-    return Completion(
-        text="".join(delta.text for delta in kept),
-        ids=tuple(token for delta in kept for token in delta.ids),
-        finish_reason=reason,
-        prompt_tokens=prompt_tokens,
-        index=kept[0].index,
-        logprobs=tuple(entry for delta in kept for entry in delta.logprobs),
-        prompt_logprobs=kept[0].prompt_logprobs,
-        cached_tokens=kept[0].cached_tokens,
-    )
 
 
 def _context(config: ModelConfig, max_length: int | None, capacity: int) -> int:

@@ -1,8 +1,9 @@
-"""Decode steps on a CPU outside of Paddle, for models whose weights are in a stored form.
+"""Steps over a few tokens on a CPU outside of Paddle, for models whose weights are in a stored form.
 
-A step of one token per sequence takes some sixty small operations a layer; called one by one they cost as
-much as the int8 weights take to read. The layers' own `forward` stays the truth, and the way for everything
-else: prompts, pictures, adapters, fp32 weights.
+A step takes some sixty small operations a layer; called one by one they cost as much as the int8 weights
+take to read. So one token of each sequence, the end of a prompt whose beginning is cached and guesses to
+check all go through C. The layers' own `forward` stays the truth, and the way for everything else: long
+prompts, pictures, adapters, fp32 weights.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ from ernietune_kernels.stored import StoredWeight
 from numpy.typing import NDArray
 from paddle import Tensor, nn
 
+from ernietune.infer.cache import Span
 from ernietune.models.decoder import CausalLM, DecoderLayer
 from ernietune.models.layers import SwiGLU
 from ernietune.models.moe import ExpertPool, MoE
 from ernietune.models.packed import PackedExperts, PackedLinear
 
-MOST_ROWS = 32  # more are better off as large products
+_MOST_ROWS = 32  # more are better off as large products
+# The C reads the keys of a sequence anew for each of its tokens, `cached_attention` for all of them at once.
+# So many products of a query's numbers with keys take about as long as the calls of one layer.
+_MOST_PRODUCTS = 1 << 24
 
 
 class _Unsuited(Exception):
@@ -34,6 +39,7 @@ class FusedDecoder:
 
     def __init__(self, model: CausalLM, decode: Decode) -> None:
         self._model, self._decode = model, decode
+        self._width = model.config.num_attention_heads * model.config.head_dim
 
     @classmethod
     def of(cls, model: object, cache: NDArray[np.float32] | None) -> FusedDecoder | None:
@@ -57,14 +63,25 @@ class FusedDecoder:
             return None
         return cls(model, Decode(library, geometry, layers, model.model.norm.weight, cache))
 
-    def forward(
-        self, ids: NDArray[np.int64], positions: NDArray[np.int64], slots: Sequence[NDArray[np.int64]]
-    ) -> Tensor:
-        """Hidden states [rows, H] of one text token per sequence, whose keys and values are kept."""
+    def suits(self, spans: Sequence[Span]) -> bool:
+        """Whether this is the faster way to read text tokens of so many sequences."""
+        rows = [span.stop - span.start for span in spans]
+        pairs = sum(count * span.length for count, span in zip(rows, spans, strict=True) if count > 1)
+        return sum(rows) <= _MOST_ROWS and pairs * self._width <= _MOST_PRODUCTS
+
+    def forward(self, ids: NDArray[np.int64], positions: NDArray[np.int64], spans: Sequence[Span]) -> Tensor:
+        """Hidden states [rows, H] of the text tokens of these spans, whose keys and values are kept."""
         x = self._model.model.embed_tokens(paddle.to_tensor(ids)).contiguous()
         cos, sin = self._model.rotary(paddle.to_tensor(positions))
-        self._decode.step(x, cos.contiguous(), sin.contiguous(), slots)
+        self._decode.step(
+            x, cos.contiguous(), sin.contiguous(), [slots for span in spans for slots in _seen(span)]
+        )
         return x
+
+
+def _seen(span: Span) -> list[NDArray[np.int64]]:
+    """The slots that each new token sees, its own last; a layer stores all new keys before it reads any."""
+    return [span.slots[:stop] for stop in range(span.first + 1, span.length + 1)]
 
 
 def _layer(layer: DecoderLayer) -> LayerWeights:

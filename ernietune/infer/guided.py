@@ -136,6 +136,6 @@ def _entry(grammar: Grammar, library: ModuleType) -> dict[str, object]:
 
 
 def _one_line(error: object) -> str:
-    """The library's words on one line, without the picture of the place."""
-    lines = [line.strip() for line in str(error).splitlines()]
+    """The library's words on one line, without the picture of the place and the state of its parser."""
+    lines = [line.strip() for line in str(error).partition("<state>")[0].splitlines()]
     return " ".join(line for line in lines if line.strip("^| "))[:400]

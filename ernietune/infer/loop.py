@@ -97,6 +97,21 @@ class Loop:
             ticket.deliver(reason)
 
 
+class Run:
+    """A request that was checked and can begin; once it has begun it can be given up, at any time."""
+
+    def __init__(self, loop: Loop, ticket: Ticket) -> None:
+        self._loop, self._ticket = loop, ticket
+
+    def start(self) -> None:
+        """Queue it; from now on its deltas are delivered."""
+        self._loop.submit(self._ticket)
+
+    def cancel(self) -> None:
+        """End it before the next step; nothing happens to one that has ended."""
+        self._loop.cancel(self._ticket)
+
+
 _loops: weakref.WeakSet[Loop] = weakref.WeakSet()
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from paddle import Tensor
 
 from ernietune.infer.cache import PagedCache, Span, slots_of
-from ernietune.infer.fused import MOST_ROWS, FusedDecoder
+from ernietune.infer.fused import FusedDecoder
 from ernietune.infer.lowrank import LowRank, LowRankLayers
 from ernietune.infer.scheduler import Chunk
 from ernietune.infer.sequence import Medium
@@ -45,9 +45,10 @@ class Runner:
         ids = np.concatenate([c.sequence.ids[c.start : c.stop] for c in chunks])
         positions = np.concatenate([c.sequence.positions[c.start : c.stop] for c in chunks])
         is_vision = np.isin(ids, self._vision_ids) if self._model.config.is_vl else None
+        spans, fused = self._spans(chunks), self._fused
         with paddle.no_grad():
-            if self._fused is not None and _one_bare_text_token_each(chunks, is_vision):
-                return self._fused.forward(ids, positions, [span.slots for span in self._spans(chunks)])
+            if fused is not None and _bare_text(chunks, is_vision) and fused.suits(spans):
+                return fused.forward(ids, positions, spans)
             features, rows = self._picture_features(chunks)
             inputs = Inputs(
                 ids=paddle.to_tensor(ids),
@@ -57,7 +58,7 @@ class Runner:
                 feature_rows=rows,
             )
             with self._adapters.rows([(c.sequence.adapter, c.tokens) for c in chunks], is_vision):
-                return self._model(inputs, self._cache.step(self._spans(chunks)))
+                return self._model(inputs, self._cache.step(spans))
 
     def logits(self, hidden_TH: Tensor, rows: Items[int]) -> NDArray[np.float32]:
         """The logits [len(rows), V] behind these rows of the hidden states."""
@@ -90,10 +91,10 @@ class Runner:
         return paddle.concat(features), paddle.to_tensor(np.concatenate(rows))
 
 
-def _one_bare_text_token_each(chunks: Items[Chunk], is_vision: NDArray[np.bool_] | None) -> bool:
-    few = len(chunks) <= MOST_ROWS and all(chunk.tokens == 1 for chunk in chunks)
+def _bare_text(chunks: Items[Chunk], is_vision: NDArray[np.bool_] | None) -> bool:
+    """No adapter, and no tokens for other experts than those of text."""
     bare = all(chunk.sequence.adapter is None for chunk in chunks)
-    return few and bare and (is_vision is None or not is_vision.any())
+    return bare and (is_vision is None or not is_vision.any())
 
 
 class FeatureCache:

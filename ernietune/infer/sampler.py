@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,12 @@ class Sampler:
         """`ends` are the tokens that end the answer; choices of one request draw differently."""
         self._params, self._guide = params, guide
         self._penalties = Penalties(params, prompt, ends)
-        self._random = np.random.Generator(np.random.PCG64(_seed(params.seed, choice)))
+        self._choice = choice
+
+    @cached_property
+    def _random(self) -> np.random.Generator:
+        """Made when it is needed: a greedy answer needs none, and a seed costs more than a small step."""
+        return np.random.Generator(np.random.PCG64(_seed(self._params.seed, self._choice)))
 
     def pick(self, logits: NDArray[np.float32]) -> int:
         """The next token for logits [V].

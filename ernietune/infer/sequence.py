@@ -119,16 +119,19 @@ class Sequence:
     def keys(self, count: int, size: int) -> list[bytes]:
         """The keys of the first `count` blocks of `size` tokens, each full."""
         assert count * size <= self.length, (count, size, self.length)
-        while len(self._keys) < count:
-            self._keys.append(self._key(len(self._keys) * size, size))
+        first = len(self._keys) * size
+        if first < count * size:
+            rows = slice(first, count * size)
+            content = np.column_stack((self.ids[rows], self.positions[rows])).data
+            for start in range(first, count * size, size):
+                self._name(start, size, content[start - first : start - first + size])
         return self._keys[:count]
 
-    def _key(self, start: int, size: int) -> bytes:
+    def _name(self, start: int, size: int, content: memoryview) -> None:
         """Tokens, positions and pixels decide what a block holds, and everything before it."""
-        stop = start + size
-        parent = self._keys[-1] if self._keys else self._root
+        parent, stop = self._keys[-1] if self._keys else self._root, start + size
         pixels = [medium.key for medium in self.media if medium.start < stop and start < medium.stop]
-        return chained(parent, self.ids[start:stop].data, self.positions[start:stop].data, *pixels)
+        self._keys.append(chained(parent, content, *pixels))
 
 
 @dataclass(frozen=True, eq=False)

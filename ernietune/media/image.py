@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ernietune.errors import CheckpointError, DataError
 from ernietune.media.fetch import Download, locate, short
@@ -24,6 +24,14 @@ MAX_RATIO = 200
 HTTP_MAX_BYTES = 64 * 2**20
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+_STILL = "or give a single frame of it as the image"
+# Formats of several pictures that are all meant to be seen (the second one of an MPO, a photo's, is not).
+_ADVICE = {
+    "GIF": f"give it as a video (video_url), {_STILL}",
+    "PNG": f"make it a gif or mp4 and give that as a video (video_url), {_STILL}",
+    "WEBP": f"make it a gif or mp4 and give that as a video (video_url), {_STILL}",
+    "TIFF": "give its pages as images of their own",
+}
 # What pillow's decoders raise for damaged files.
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
@@ -68,7 +76,8 @@ def open_image(
     """Open a path, file://, http(s):// or data: URL, or take a PIL image; return it upright and in RGB.
 
     A relative path is looked up in `base_dir`; `download` fetches http(s):// in its own way. DataError:
-    missing, unreachable, not an image, truncated or larger than pillow's limit against decompression bombs.
+    missing, unreachable, not an image, an animation or several pages, truncated or larger than pillow's
+    limit against decompression bombs.
     """
     if isinstance(url, Image.Image):
         return _decoded(url, "the given image")
@@ -76,9 +85,12 @@ def open_image(
     source = locate(url, "image", base_dir, HTTP_MAX_BYTES, download)
     try:
         with Image.open(source) as image:
+            _check_single(image, name)
             return _decoded(image, name)
     except FileNotFoundError as error:
         raise DataError(f"image {name}: there is no file {source}") from error
+    except UnidentifiedImageError as error:
+        raise DataError(f"image {name}: not a readable image (no format that is known)") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"image {name}: {error}; scale it down") from error
     except BROKEN as error:
@@ -161,6 +173,18 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
         return to_rgb(image)
     except BROKEN as error:
         raise DataError(f"image {name}: damaged or truncated ({error})") from error
+
+
+def _check_single(image: Image.Image, name: str) -> None:
+    """Which of several pictures is meant cannot be known, and the first one alone would be a silent loss."""
+    if image.format not in _ADVICE:
+        return
+    try:
+        image.seek(1)
+    except EOFError:
+        image.seek(0)
+        return
+    raise DataError(f"image {name}: this {image.format} holds several pictures; {_ADVICE[image.format]}")
 
 
 def _grey_from_16_bit(image: Image.Image) -> Image.Image:

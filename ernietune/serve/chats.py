@@ -16,10 +16,9 @@ from ernietune.serve.logprobs import TokenNames, chat_logprobs
 from ernietune.serve.protocol import ChatRequest
 from ernietune.serve.schemas import ChatCompletion
 from ernietune.serve.service import Service
-from ernietune.serve.stream import event_stream
+from ernietune.serve.stream import event_stream, unless_gone
 from ernietune.text.parse import Event, collect
 
-CLIENT_CLOSED = 499  # nobody reads it; the usual code for a client that went away
 SSE: dict[str, Any] = {"content": {"text/event-stream": {}}}
 
 
@@ -44,7 +43,7 @@ def chat_routes(service: Service) -> APIRouter:
         reporter = Reporter(names, params.logprobs is not None)
         if body.stream:
             return event_stream(_chunks(answer, steps, body, reporter, params.n))
-        return await _whole(answer, steps, reporter, params.n, http)
+        return await unless_gone(http, _whole(answer, steps, reporter, params.n))
 
     return routes
 
@@ -68,9 +67,9 @@ class Reporter:
 
 
 async def _whole(
-    answer: ChatAnswer, steps: AsyncGenerator[Step, None], reporter: Reporter, count: int, http: Request
+    answer: ChatAnswer, steps: AsyncGenerator[Step, None], reporter: Reporter, count: int
 ) -> Response:
-    """The response in one piece; a client that hangs up ends the generation."""
+    """The response in one piece."""
     events: list[list[Event]] = [[] for _ in range(count)]
     reasons: list[str | None] = [None] * count
     last = Step()
@@ -79,8 +78,6 @@ async def _whole(
             events[last.index] += last.events
             reasons[last.index] = last.finish_reason
             reporter.add(last)
-            if await http.is_disconnected():
-                return Response(status_code=CLIENT_CLOSED)
     choices = [
         choice(index, {"message": message(collect(said))}, reasons[index], reporter.take(index))
         for index, said in enumerate(events)

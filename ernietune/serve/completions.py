@@ -13,12 +13,12 @@ from fastapi.responses import JSONResponse, Response
 from ernietune.infer.request import Delta, PromptLogprobs, TokenLogprob
 from ernietune.infer.request import Request as Prompt
 from ernietune.serve.answer import Step, TextAnswer, answer_id, text_choice
-from ernietune.serve.chats import CLIENT_CLOSED, SSE
+from ernietune.serve.chats import SSE
 from ernietune.serve.logprobs import TextLogprobs, TokenNames
 from ernietune.serve.protocol import CompletionRequest, DetokenizeRequest, TokenizeRequest
 from ernietune.serve.schemas import Detokenized, TextCompletion, TokenizerInfo, Tokens
 from ernietune.serve.service import Service
-from ernietune.serve.stream import event_stream, together
+from ernietune.serve.stream import event_stream, together, unless_gone
 
 _Deltas = AsyncGenerator[tuple[int, Delta], None]
 _Steps = AsyncGenerator[tuple[dict[str, Any], Step], None]
@@ -46,7 +46,7 @@ def completion_routes(service: Service) -> APIRouter:
         steps = _steps(deltas, choices, params.n)
         if body.stream:
             return event_stream(_chunks(answer, steps, body))
-        return await _whole(answer, steps, choices, params.n, body.n or 1, http)
+        return await unless_gone(http, _whole(answer, steps, choices, params.n, body.n or 1))
 
     return routes
 
@@ -88,13 +88,11 @@ class _Choice:
 async def _steps(
     deltas: _Deltas, choices: list[_Choice], count: int
 ) -> AsyncGenerator[tuple[dict[str, Any], Step], None]:
-    """(choice of a chunk, tokens so far) for each delta that says something."""
+    """(choice of a chunk, tokens so far) for each delta."""
     tokens = cached = 0
     scores: dict[int, PromptLogprobs] = {}  # come with the first choice of a prompt, for all of them
     async with aclosing(deltas):
         async for prompt, delta in deltas:
-            if not (delta.ids or delta.finish_reason):
-                continue
             tokens, index = tokens + len(delta.ids), prompt * count + delta.index
             cached += delta.cached_tokens
             if delta.prompt_logprobs is not None:
@@ -105,7 +103,7 @@ async def _steps(
 
 
 async def _whole(
-    answer: TextAnswer, steps: _Steps, choices: list[_Choice], tries: int, kept: int, http: Request
+    answer: TextAnswer, steps: _Steps, choices: list[_Choice], tries: int, kept: int
 ) -> Response:
     whole = [text_choice(index, "", None) for index in range(len(choices))]
     last = Step()
@@ -120,8 +118,6 @@ async def _whole(
             else:
                 for name, values in new["logprobs"].items():
                     choice["logprobs"][name] += values
-            if await http.is_disconnected():
-                return Response(status_code=CLIENT_CLOSED)
     return JSONResponse(answer.completion(_best(whole, choices, tries, kept), last))
 
 

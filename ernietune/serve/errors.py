@@ -46,8 +46,12 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            place, reason = first["loc"][-1], first["ctx"]["error"]
+            return _failed(400, f"the body is not valid JSON: {reason} at character {place}")
         param = ".".join(str(part) for part in first["loc"][1:])
-        return _failed(400, f"{param or 'request body'}: {first['msg']}", param=param or None)
+        problem = first["msg"].removeprefix("Value error, ")
+        return _failed(400, f"{param or 'request body'}: {problem}", param=param or None)
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> JSONResponse:

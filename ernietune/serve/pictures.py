@@ -63,8 +63,13 @@ class MediaOpener:
         return open_video(allowed, limits, wishes, download=self.download)
 
     def _allowed(self, url: str, kind: str) -> str:
-        if _scheme(url, kind) in ("data", "http", "https"):
+        scheme = _scheme(url, kind)
+        if scheme in ("data", "http", "https"):
             return url
+        if scheme != "file" and "://" in url:
+            raise RequestError(
+                f"the {kind} url begins with {scheme}://; send a data:, http:// or https:// url"
+            )
         return str(_local_file(url, kind, self.folder))
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -23,7 +24,7 @@ from ernietune.infer.guide import Guide
 from ernietune.infer.request import SamplingParams, SettingError
 from ernietune.serve.guides import chat_guide, guide_of
 from ernietune.serve.tool_choice import forces_call
-from ernietune.serve.unsupported import UNSUPPORTED, Accepted, UnsupportedField
+from ernietune.serve.unsupported import check_extras
 from ernietune.text.messages import parse_conversation
 
 _GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
@@ -72,9 +73,9 @@ class ModelNotFound(RequestError):
 
 
 class RequestBody(BaseModel):
-    """What all request bodies have in common."""
+    """What all request bodies have in common: a value of another type is refused, not read as its like."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -91,11 +92,17 @@ class RequestBody(BaseModel):
         return body
 
 
+def _whole(value: object) -> object:
+    """JSON has one type of numbers, and some languages write 8 as 8.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
 Switch = bool | None
 """Clients send null for what they leave open; it is the same as false."""
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(RequestBody):
     """What a stream carries besides text."""
 
     include_usage: Switch = False
@@ -106,33 +113,33 @@ class SamplingFields(RequestBody):
     """How an answer is drawn and sent; the same for chats and completions."""
 
     model: str | None = None
-    max_tokens: int | None = None
+    max_tokens: Whole | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
+    top_k: Whole | None = None
+    seed: Whole | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[Whole] | None = None
     ignore_eos: Switch = False
-    n: int | None = None
+    n: Whole | None = None
     min_p: float | None = None
-    min_tokens: int | None = None
+    min_tokens: Whole | None = None
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[int] | None = None
+    allowed_token_ids: list[Whole] | None = None
     bad_words: list[str] | None = None
-    bad_words_token_ids: list[int] | None = None
+    bad_words_token_ids: list[Whole] | None = None
     include_stop_str_in_output: Switch = False
     stream: Switch = False
     stream_options: StreamOptions | None = None
     return_tokens_as_token_ids: Switch = False
-    priority: int | None = None
+    priority: Whole | None = None
     cache_salt: str | None = None
     request_id: str | None = Field(default=None, min_length=1, max_length=256)
-    reasoning_max_tokens: int | None = None
-    thinking_token_budget: int | None = None
+    reasoning_max_tokens: Whole | None = None
+    thinking_token_budget: Whole | None = None
     enable_in_reasoning: bool | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
@@ -141,20 +148,20 @@ class SamplingFields(RequestBody):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
 
-    unsupported: ClassVar[Accepted] = UNSUPPORTED
+    elsewhere: ClassVar[frozenset[str]] = frozenset()
 
-    def check(self, served: Sequence[str] | None = None) -> None:
+    def check(self, served: Sequence[str] | None = None) -> list[str]:
         """Raise RequestError for a field that would be ignored although it changes the answer.
 
-        `served` are the only model names that are accepted; None accepts any.
+        `served` are the only model names that are accepted; None accepts any. Returns the names of fields
+        that nobody knows.
         """
-        for name, value in (self.model_extra or {}).items():
-            if name in self.unsupported and value is not None and value not in self.unsupported[name]:
-                raise UnsupportedField(name, value)
+        unknown = check_extras(self.model_extra or {}, type(self).model_fields, self.elsewhere)
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options needs stream=true")
         if served is not None and self.model is not None and self.model not in served:
             raise ModelNotFound(self.model, served)
+        return unknown
 
     def sampling(
         self, seed: int | None = None, bad_words: tuple[tuple[int, ...], ...] = ()
@@ -183,7 +190,7 @@ class SamplingFields(RequestBody):
             ignore_eos=bool(self.ignore_eos),
             bad_words=bad_words + tuple((token,) for token in self.bad_words_token_ids or ()),
             logit_bias=_biases(self.logit_bias or {}),
-            allowed_ids=tuple(self.allowed_token_ids) if self.allowed_token_ids else None,
+            allowed_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
             include_stop=bool(self.include_stop_str_in_output),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
@@ -226,11 +233,13 @@ class ChatRequest(SamplingFields):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
-    max_completion_tokens: int | None = None
+    top_logprobs: Whole | None = None
+    max_completion_tokens: Whole | None = None
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None
+
+    elsewhere = frozenset(("prompt", "echo", "best_of"))
 
     @property
     def uses_tools(self) -> bool:
@@ -244,14 +253,15 @@ class ChatRequest(SamplingFields):
             parse_conversation(self.record(), "request")  # names and parameters are relied on from here
         return chat_guide(guide, self.tool_choice, tools, self.parallel_tool_calls is not False)
 
-    def check(self, served: Sequence[str] | None = None) -> None:
+    def check(self, served: Sequence[str] | None = None) -> list[str]:
         """As for all requests; and what depends on logprobs, or belongs to the server."""
-        super().check(served)
+        unknown = super().check(served)
         if self.top_logprobs and not self.logprobs:
             raise SettingError("top_logprobs", "needs logprobs=true")
         reserved = _RESERVED_OPTIONS & self.template_options().keys()
         if reserved:
             raise RequestError(f"chat_template_kwargs may not set {min(reserved)!r}")
+        return unknown
 
     def reports(self) -> tuple[int | None, int | None]:
         """`top_logprobs` of the answer, when logprobs are wanted."""
@@ -278,27 +288,41 @@ class ChatRequest(SamplingFields):
         return options
 
 
-TokenIds = list[Annotated[int, Field(strict=True, ge=0)]]
+TokenIds = list[Annotated[int, Field(strict=True, ge=0, lt=2**63)]]
 
 
 class CompletionRequest(SamplingFields):
     """The body of POST /v1/completions: one prompt or several, as text or as token ids."""
 
     prompt: str | TokenIds | list[str] | list[TokenIds]
-    max_tokens: int | None = 16
-    logprobs: int | None = None
+    max_tokens: Whole | None = 16
+    logprobs: Whole | None = None
     echo: Switch = False
-    best_of: int | None = None
+    best_of: Whole | None = None
 
-    def check(self, served: Sequence[str] | None = None) -> None:
+    elsewhere = frozenset(
+        (
+            "messages",
+            "tools",
+            "tool_choice",
+            "parallel_tool_calls",
+            "top_logprobs",
+            "max_completion_tokens",
+            "enable_thinking",
+            "chat_template_kwargs",
+        )
+    )
+
+    def check(self, served: Sequence[str] | None = None) -> list[str]:
         """As for all requests; a stream cannot take back the tries that were not the best."""
-        super().check(served)
+        unknown = super().check(served)
         if self.best_of is None:
-            return
+            return unknown
         if self.best_of < (self.n or 1):
             raise SettingError("best_of", f"is {self.best_of}; it must be at least n ({self.n or 1})")
         if self.stream and self.best_of != (self.n or 1):
             raise SettingError("best_of", "above n needs stream=false: only the end shows which are the best")
+        return unknown
 
     def sampling(
         self, seed: int | None = None, bad_words: tuple[tuple[int, ...], ...] = ()

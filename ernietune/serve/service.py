@@ -1,11 +1,12 @@
-"""One engine and everything its routes share: settings, worker threads, metrics."""
+"""One engine and everything its routes share: settings, media, metrics."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from ernietune.serve.metrics import Metrics
 from ernietune.serve.options import Settings
 from ernietune.serve.pictures import MediaOpener
 from ernietune.serve.protocol import ChatRequest, CompletionRequest, SamplingFields
-from ernietune.serve.stream import in_thread
+from ernietune.serve.stream import Arrived, Mailbox, follow
 from ernietune.serve.tool_choice import forces_call
 from ernietune.serve.unsupported import UnsupportedField
 from ernietune.text.messages import parse_conversation
 from ernietune.text.parse import OutputParser, ParserChoice, tail_of
 
-_WAITING_REQUESTS = 64  # threads that wait for their turn or generate
+_log = logging.getLogger(__name__)
+_MOST_UNKNOWN = 100  # names that are remembered, so that nobody fills the memory with them
 
 
 class Service:
@@ -37,7 +39,8 @@ class Service:
         self.metrics = Metrics(settings.model_name, engine.adapters.most)
         self._started = int(time.time())
         self._opener = MediaOpener(settings.media_folder, Fetcher(settings.media_domains))
-        self._workers = ThreadPoolExecutor(_WAITING_REQUESTS, thread_name_prefix="generate")
+        self._mail: Mailbox | None = None
+        self._unknown: set[str] = set()  # fields that the log has named
         self._seeds = None if settings.seed is None else random.Random(settings.seed)
 
     @property
@@ -67,8 +70,13 @@ class Service:
 
     def settle(self, body: SamplingFields) -> SamplingParams:
         """Check a request and read its sampling settings; RequestError for what cannot be done."""
-        body.check(self.names if self.settings.strict_model_name else None)
+        for name in body.check(self.names if self.settings.strict_model_name else None):
+            if name not in self._unknown and len(self._unknown) < _MOST_UNKNOWN:
+                self._unknown.add(name)
+                _log.warning("requests bring the field %r, which has no effect here", name)
         most = self.engine.model.config.vocab_size - 1
+        if "" in (body.bad_words or ()):
+            raise SettingError("bad_words", "holds an empty string, which is no word; leave it out")
         for token in body.bad_words_token_ids or ():
             if not 0 <= token <= most:
                 problem = f"is {token}; it must be made of token ids between 0 and {most}"
@@ -121,6 +129,15 @@ class Service:
     def generate(
         self, request: Request, params: SamplingParams, priority: int = 0
     ) -> AsyncGenerator[Delta, None]:
-        """Run the engine in a worker thread; leaving the loop cancels it."""
-        deltas = in_thread(self.engine.stream(request, params, priority), self._workers)
+        """Check a request now; begin with it when the first delta is asked for; leaving the loop cancels."""
+        arrived: Arrived = asyncio.Queue()
+        run = self.engine.run(request, params, self._mailbox().to(arrived), priority)
+        deltas = follow(run, arrived, params.n)
         return self.metrics.watch(deltas, len(request.ids), params.max_tokens, request.adapter)
+
+    def _mailbox(self) -> Mailbox:
+        """That of the running event loop, which is the same one as long as the server lives."""
+        loop = asyncio.get_running_loop()
+        if self._mail is None or self._mail.loop is not loop:
+            self._mail = Mailbox(loop)
+        return self._mail

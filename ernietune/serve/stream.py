@@ -1,55 +1,83 @@
-"""Generations that run in threads, as asynchronous streams and server-sent events."""
+"""Generations of the engine's thread as asynchronous streams, and these as responses."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, closing
-from typing import Any
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import aclosing, suppress
+from typing import Any, TypeAlias
 
-from fastapi.responses import StreamingResponse
+from fastapi import Request
+from fastapi.responses import Response, StreamingResponse
 
 from ernietune.errors import ErnietuneError
+from ernietune.infer.loop import Run
 from ernietune.infer.request import Delta
 from ernietune.serve.errors import error_body
 
+Arrived: TypeAlias = "asyncio.Queue[Delta | BaseException]"
+_CLIENT_CLOSED = 499  # nobody reads it; the usual code for a client that went away
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-async def in_thread(
-    deltas: Generator[Delta, None, None], workers: ThreadPoolExecutor
-) -> AsyncGenerator[Delta, None]:
-    """Run a generation in a worker thread; leaving the loop early cancels it at the next token."""
-    loop = asyncio.get_running_loop()
-    arrived: asyncio.Queue[Delta | None] = asyncio.Queue()
-    cancelled = threading.Event()
+class Mailbox:
+    """Brings what the engine's thread delivers into an event loop, which is woken once for many deltas.
 
-    def work() -> None:
-        try:
-            with closing(deltas):
-                for delta in deltas:
-                    if cancelled.is_set():
-                        return
-                    loop.call_soon_threadsafe(arrived.put_nowait, delta)
-        finally:
-            loop.call_soon_threadsafe(arrived.put_nowait, None)
+    What a step of the engine has for all its requests arrives together.
+    """
 
-    done = loop.run_in_executor(workers, work)
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._letters: deque[tuple[Arrived, Delta | BaseException]] = deque()
+        self._called = False
+
+    def to(self, arrived: Arrived) -> Callable[[Delta | BaseException], None]:
+        """What puts a delta into a queue of the event loop, for another thread to call."""
+
+        def deliver(item: Delta | BaseException) -> None:
+            self._letters.append((arrived, item))
+            if not self._called:
+                self._called = True
+                with suppress(RuntimeError):  # the event loop was closed: nobody listens any more
+                    self.loop.call_soon_threadsafe(self._hand_out)
+
+        return deliver
+
+    def _hand_out(self) -> None:
+        self._called = False  # first: what comes during the loop below is found by it, or calls again
+        while self._letters:
+            arrived, item = self._letters.popleft()
+            arrived.put_nowait(item)
+
+
+async def follow(run: Run, arrived: Arrived, choices: int) -> AsyncGenerator[Delta, None]:
+    """Start a run that delivers into `arrived`; its deltas until all choices are complete.
+
+    Leaving the loop early cancels it.
+    """
+    run.start()
     try:
-        while (delta := await arrived.get()) is not None:
-            yield delta
-        await done  # raises what went wrong in the thread
+        while choices:
+            item = await arrived.get()
+            if isinstance(item, BaseException):
+                raise item
+            choices -= item.finish_reason is not None
+            yield item
     finally:
-        cancelled.set()
+        run.cancel()
 
 
 async def together(
     streams: Sequence[AsyncGenerator[Delta, None]],
 ) -> AsyncGenerator[tuple[int, Delta], None]:
     """Run several generations at once; yields (which one, its next delta) as they come."""
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as deltas:
+            async for delta in deltas:
+                yield 0, delta
+        return
     arrived: asyncio.Queue[tuple[int, Delta] | None] = asyncio.Queue()
 
     async def forward(index: int, deltas: AsyncGenerator[Delta, None]) -> None:
@@ -73,6 +101,24 @@ async def together(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def unless_gone(http: Request, answer: Coroutine[Any, Any, Response]) -> Response:
+    """The response to a client, which is given up when the client hangs up before it is there."""
+    work, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_gone(http))
+    try:
+        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        return work.result() if work.done() else Response(status_code=_CLIENT_CLOSED)
+    finally:
+        for task in (work, gone):
+            task.cancel()
+        await asyncio.gather(work, gone, return_exceptions=True)
+
+
+async def _gone(http: Request) -> None:
+    """Wait until the client has hung up."""
+    while (await http.receive())["type"] != "http.disconnect":
+        continue
 
 
 def event_stream(chunks: AsyncGenerator[dict[str, Any], None]) -> StreamingResponse:

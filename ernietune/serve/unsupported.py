@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+
 from ernietune.errors import RequestError
 
 Accepted = dict[str, tuple[object, ...]]
@@ -39,8 +42,12 @@ REFUSED: Accepted = {
     "truncate_prompt_tokens": (),
     "mm_processor_kwargs": ({},),
 }
-# Every other unknown field is harmless (user, store, service_tier, ...) and ignored.
 UNSUPPORTED = NEEDS_ENGINE | REFUSED
+# These change no answer.
+HARMLESS = frozenset(
+    ("user", "store", "service_tier", "mm_hashes", "collect_metrics", "max_streaming_response_tokens")
+)
+_NEAR = 0.8  # how alike a name has to be to one of ours to be taken for a slip
 
 
 class UnsupportedField(RequestError):
@@ -50,3 +57,34 @@ class UnsupportedField(RequestError):
         shown = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}..."
         super().__init__(f"{field}={shown} is not supported by this server; {advice}")
         self.field = field
+
+
+def check_extras(
+    extras: Mapping[str, object], fields: Collection[str], elsewhere: Collection[str]
+) -> list[str]:
+    """Names of the fields that nobody knows; UnsupportedField for those that were meant to have an effect.
+
+    `fields` are those of the request, `elsewhere` those of the other route's requests.
+    """
+    unknown = []
+    for name, value in extras.items():
+        if value is None or name in HARMLESS:
+            continue
+        if name in UNSUPPORTED:
+            if value not in UNSUPPORTED[name]:
+                raise UnsupportedField(name, value)
+        elif name in elsewhere:
+            if value is not False:
+                raise UnsupportedField(
+                    name, value, "it belongs to requests of the other kind, chat or prompt"
+                )
+        elif near := _nearest(name, [*fields, *UNSUPPORTED]):
+            raise UnsupportedField(name, value, f"did you mean {near!r}?")
+        else:
+            unknown.append(name)
+    return unknown
+
+
+def _nearest(name: str, known: Sequence[str]) -> str | None:
+    plain = name.lower().replace("-", "_")
+    return next(iter(difflib.get_close_matches(plain, known, 1, _NEAR)), None)

@@ -23,6 +23,7 @@ from ernietune_kernels.cpu.attention import Sight
 from ernietune_kernels.cpu.library import Library
 
 QUERY_BLOCK = 128
+_NARROW = 16  # queries of a block that is one of few, so that many threads get some
 # Scores of one piece of frame attention: 2^24 fp32 values are 64 MiB.
 SCORE_ELEMENTS = 1 << 24
 
@@ -122,9 +123,36 @@ def _ungrouped(pieces: list[Tensor], groups: int, repeat: int) -> Tensor:
 def cached_attention(q_THd: Tensor, k_KSd: Tensor, v_KSd: Tensor, plan: AttentionPlan) -> Tensor:
     """`attention` [T, H, d] without gradients over keys and values that are stored by head."""
     library = compiled.library_for(q_THd, k_KSd, v_KSd)
-    if library is not None:
-        return compiled.forward(library, q_THd, k_KSd, v_KSd, plan.sight, keep=False, by_head=True)[0]
-    return _plain_attention(q_THd, k_KSd, v_KSd, plan)
+    if library is None:
+        return _plain_attention(q_THd, k_KSd, v_KSd, plan)
+    if plan.until is None and plan.queries < compiled.QUERIES and q_THd.shape[1] > k_KSd.shape[0]:
+        return _few_queries(library, q_THd, k_KSd, v_KSd)
+    return compiled.forward(library, q_THd, k_KSd, v_KSd, plan.sight, keep=False, by_head=True)[0]
+
+
+def _few_queries(library: Library, q_THd: Tensor, k_KSd: Tensor, v_KSd: Tensor) -> Tensor:
+    """The heads that share keys as queries of one head: the C reads keys once for a block of queries."""
+    tokens, heads, width = q_THd.shape
+    groups, keys, _ = k_KSd.shape
+    repeat = heads // groups
+    sight = _sight_of_groups(tokens, keys, repeat, _NARROW if library.threads > groups else compiled.QUERIES)
+    q = q_THd.reshape([tokens, groups, repeat, width]).transpose([0, 2, 1, 3])
+    q = q.reshape([tokens * repeat, groups, width])
+    output, _ = compiled.forward(library, q, k_KSd, v_KSd, sight, keep=False, by_head=True)
+    output = output.reshape([tokens, repeat, groups, width]).transpose([0, 2, 1, 3])
+    return output.reshape([tokens, heads, width])
+
+
+@lru_cache(maxsize=32)  # of the sequences of a step, for all layers
+def _sight_of_groups(tokens: int, keys: int, repeat: int, block: int) -> Sight:
+    """Causal sight of the last `tokens` of `keys` positions, each `repeat` rows of queries long."""
+    rows = tokens * repeat
+    # A row's own position, as the C counts it, is row + keys - rows.
+    first = keys - rows + repeat * np.maximum(np.arange(keys) - (keys - tokens), 0)
+    starts = np.arange(0, rows, block)
+    ends = np.minimum(starts + block, rows)
+    blocks = np.stack([starts, ends, np.zeros_like(starts), keys - tokens + -(-ends // repeat)], 1)
+    return Sight(first, np.full(keys, keys), rows, blocks, np.array([0, len(blocks)]))
 
 
 def _plain_attention(q_THd: Tensor, k_KSd: Tensor, v_KSd: Tensor, plan: AttentionPlan) -> Tensor:

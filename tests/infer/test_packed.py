@@ -12,6 +12,7 @@ from ernietune.checkpoint.load import load_model
 from ernietune.checkpoint.packed import load_packed
 from ernietune.errors import ConfigError
 from ernietune.infer import memory, precision
+from ernietune.infer.cache import Span
 from ernietune.infer.engine import Engine
 from ernietune.infer.precision import Precision
 from ernietune.infer.request import SamplingParams
@@ -101,34 +102,50 @@ def test_a_fused_step_is_the_step_of_the_layers(folders: dict[str, Path], shape:
 
 
 def steps(engine: Engine) -> np.ndarray:
-    """Logits of three sequences of unlike lengths, each going on for three steps after its prompt."""
-    from ernietune.infer.cache import Span
-
-    runner, cache = engine._loop.core.runner, engine._loop.core.runner._cache
-    model, lengths, found = engine.model, [1, 20, 37], []
-    is_vl = model.config.is_vl
+    """Logits of three sequences of unlike lengths, with a prompt and three steps of a few tokens each."""
+    runner, model, found = engine._loop.core.runner, engine.model, []
 
     def forward(ids: np.ndarray, positions: np.ndarray, spans: list[Span]) -> None:
         fused = runner._fused
         with paddle.no_grad():
-            if fused is not None and len(ids) == len(spans):
-                hidden = fused.forward(ids, positions, [span.slots for span in spans])
+            if fused is not None:
+                assert fused.suits(spans)
+                hidden = fused.forward(ids, positions, spans)
             else:
-                vision = paddle.zeros([len(ids)], "bool") if is_vl else None
+                vision = paddle.zeros([len(ids)], "bool") if model.config.is_vl else None
                 inputs = Inputs(paddle.to_tensor(ids), paddle.to_tensor(positions), is_vision=vision)
-                hidden = model(inputs, cache.step(spans))
-            found.append(model.logits(hidden).numpy()[-1:])
+                hidden = model(inputs, runner._cache.step(spans))
+            found.append(model.logits(hidden).numpy())
 
-    slots = [np.arange(40) + 64 * i for i in range(3)]
-    for length, places in zip(lengths, slots, strict=True):
-        ids, positions = prompt()[:length], np.arange(length)[:, None].repeat(3, 1)
-        forward(ids, positions, [Span(0, length, places[:length])])
-    for step in range(3):
-        ids = prompt()[step : step + 3]
-        positions = np.array([[n + step] * 3 for n in lengths])
-        spans = [Span(i, i + 1, slots[i][: lengths[i] + step + 1]) for i in range(3)]
-        forward(ids, positions, spans)
+    slots, lengths = [np.arange(64)[::-1] + 64 * i for i in range(3)], [0, 0, 0]
+    for news in ((1, 0, 0), (0, 20, 0), (0, 0, 27), (1, 1, 1), (3, 1, 7), (1, 2, 1)):
+        spans, places = [], []
+        for sequence, new in enumerate(news):
+            if new:
+                lengths[sequence] += new
+                seen = slots[sequence][: lengths[sequence]]
+                spans.append(Span(len(places), len(places) + new, seen))
+                places += range(lengths[sequence] - new, lengths[sequence])
+        at = np.array(places)
+        forward(prompt()[at], at[:, None].repeat(3, 1), spans)
     return np.concatenate(found)
+
+
+def test_a_long_past_is_read_once_for_all_tokens(folders: dict[str, Path]) -> None:
+    """The C reads a sequence's keys for each of its tokens: one token, or few pairs of tokens and keys."""
+    engine = Engine.load(folders["tiny-moe"], max_length=64)
+    fused = engine._loop.core.runner._fused
+    assert fused is not None
+
+    def spans(new: int, length: int, count: int = 1) -> list[Span]:
+        return [Span(i * new, (i + 1) * new, np.arange(length)) for i in range(count)]
+
+    assert fused.suits(spans(1, 10**6))
+    assert fused.suits(spans(16, 2048))
+    assert not fused.suits(spans(2, 10**6))
+    assert fused.suits(spans(1, 9, 32))
+    assert not fused.suits(spans(1, 9, 33))
+    assert not fused.suits(spans(33, 33))
 
 
 def test_an_adapter_goes_around_packed_layers(folders: dict[str, Path]) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from ernietune.errors import RequestError
 from ernietune.infer.drafts import Speculation
-from ernietune.infer.engine import Engine, complete
+from ernietune.infer.engine import Engine
+from ernietune.infer.following import complete
 from ernietune.infer.options import EngineOptions
 from ernietune.infer.request import Completion, SamplingParams
 from tests import fakes, tiny

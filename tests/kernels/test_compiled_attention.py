@@ -139,6 +139,25 @@ def test_new_tokens_over_a_longer_past(queries: int) -> None:
     close(kernels.cached_attention(tensor(q, False), *by_head, plan), wanted)
 
 
+@pytest.mark.parametrize("threads", [1, 16])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (2, 2), (5, 7), (16, 300), (33, 33), (63, 200)])
+def test_heads_that_share_keys_read_them_together(
+    monkeypatch: pytest.MonkeyPatch, queries: int, keys: int, threads: int
+) -> None:
+    q, k, v = numbers(0, queries, 12, 24), numbers(1, keys, 2, 24), numbers(2, keys, 2, 24)
+    by_head = [tensor(np.ascontiguousarray(x.transpose(1, 0, 2)), False) for x in (k, v)]
+    library = compiled.library_for(tensor(q, False), *by_head)
+    assert library is not None
+    monkeypatch.setattr(library, "threads", threads)  # decides how the queries are cut
+    plan = kernels.causal_plan(queries, keys)
+    found = kernels.cached_attention(tensor(q, False), *by_head, plan)
+    close(found, truth(q, k, v, q, visible(packed(keys), queries))[0])
+    one_by_one, _ = compiled.forward(
+        library, tensor(q, False), *by_head, plan.sight, keep=False, by_head=True
+    )
+    np.testing.assert_array_equal(found.numpy(), one_by_one.numpy())
+
+
 def test_frames_see_both_ways() -> None:
     lengths = [4, 4, 70, 1, 130]
     frame = np.repeat(np.arange(5), lengths)

@@ -269,6 +269,20 @@ def test_a_directory_and_a_truncated_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    ("suffix", "advice"),
+    [("gif", "as a video"), ("webp", "make it a gif"), ("png", "make it a gif"), ("tif", "pages")],
+)
+def test_one_picture_is_read_and_several_are_refused(tmp_path: Path, suffix: str, advice: str) -> None:
+    frames = [Image.new("RGB", (28, 28), colour) for colour in ("red", "blue", "lime")]
+    alone, moving = tmp_path / f"one.{suffix}", tmp_path / f"many.{suffix}"
+    frames[0].save(alone)
+    frames[0].save(moving, save_all=True, append_images=frames[1:])
+    assert open_image(str(alone)).getpixel((9, 9))[0] > 250
+    with pytest.raises(DataError, match=f"{moving}.*holds several pictures; .*{advice}"):
+        open_image(str(moving))
+
+
 @pytest.mark.parametrize("limit", [50, 10])  # pillow warns at the first and raises at the second
 def test_too_many_pixels(picture: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)

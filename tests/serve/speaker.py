@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -98,13 +98,17 @@ class Speaker:
     def check_guide(self, params):
         pass
 
+    def run(self, request, params, deliver, priority=0):
+        return SpokenRun(self.stream(request, params, priority), deliver)
+
     def stream(self, request, params, priority=0):
         room = self.max_length - len(request.ids)
         if (params.max_tokens or room) > room:
             raise ContextLengthError(f"at most {room} tokens can be generated")
         self.params.append(params)
         self.streamed = (request, priority)
-        return self._choices(request, params, room if params.max_tokens is None else params.max_tokens)
+        budget = room if params.max_tokens is None else params.max_tokens
+        return self._choices(request, params, budget)
 
     def _choices(self, request, params, budget):
         scored = None if params.prompt_logprobs is None else self._scored(request.ids, params.prompt_logprobs)
@@ -138,6 +142,26 @@ class Speaker:
             yield Delta("", (2,), "stop")
         finally:
             self.cancelled += not done
+
+
+class SpokenRun:
+    """An answer that a thread of its own delivers until it is cancelled."""
+
+    def __init__(self, deltas, deliver):
+        self._deltas, self._deliver, self._over = deltas, deliver, threading.Event()
+
+    def start(self):
+        threading.Thread(target=self._speak, daemon=True).start()
+
+    def cancel(self):
+        self._over.set()
+
+    def _speak(self):
+        with closing(self._deltas):
+            for delta in self._deltas:
+                if self._over.is_set():
+                    return
+                self._deliver(delta)
 
 
 @contextmanager

@@ -301,3 +301,29 @@ def test_health_answers_while_a_generation_runs_and_hanging_up_frees_the_model(s
             break
     assert spoken.stats().running == 0, "the request still runs"
     assert len(spoken.model.seen) < 10
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_hangs_up_while_waiting_is_forgotten(spoken, url: str, stream: bool) -> None:
+    """The model is busy with another request, so nothing is ever sent to the one that leaves."""
+    import httpx
+
+    spoken.model.stepwise = True
+    first = threading.Thread(
+        target=httpx.post, args=(f"{url}/v1/completions",), kwargs={"json": {"prompt": [11], "max_tokens": 2}}
+    )
+    first.start()
+    waiting = {"prompt": [11, 12], "max_tokens": 3, "stream": stream}
+    with pytest.raises(httpx.ReadTimeout):
+        with httpx.stream("POST", f"{url}/v1/completions", json=waiting, timeout=1) as response:
+            response.read()
+    time.sleep(0.3)
+    for _ in range(4):
+        spoken.model.steps.release()
+    first.join(10)
+    for _ in range(100):
+        time.sleep(0.02)
+        if spoken.stats().waiting + spoken.stats().running == 0:
+            break
+    assert spoken.stats().waiting + spoken.stats().running == 0
+    assert spoken.stats().generated_tokens <= 3  # two of the first; the other had at most begun

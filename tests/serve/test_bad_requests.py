@@ -59,7 +59,7 @@ TABLE = [
         "messages",
         "JSON",
     ),
-    (CHAT, image("ftp://x/y.png"), None, "local files"),
+    (CHAT, image("ftp://x/y.png"), None, "begins with ftp://"),
     (CHAT, image("/etc/passwd"), None, "local files"),
     (CHAT, image("http://[x"), None, "malformed"),
     (CHAT, image("data:image/png;base64,AAAA"), "messages", "image"),

@@ -317,13 +317,13 @@ def test_the_best_of_several_is_the_one_with_the_most_probable_tokens(
 
 def test_the_priority_of_a_request_reaches_the_engine(engines, peers, monkeypatch) -> None:
     seen = []
-    stream = engines["text"].stream
+    run = engines["text"].run
 
-    def spy(request, params, priority=0):
+    def spy(request, params, deliver, priority=0):
         seen.append(priority)
-        return stream(request, params, priority)
+        return run(request, params, deliver, priority)
 
-    monkeypatch.setattr(engines["text"], "stream", spy)
+    monkeypatch.setattr(engines["text"], "run", spy)
     ask(peers["text"], False, max_tokens=1, extra_body={"priority": -3})
     peers["text"].completions.create(model="m", prompt="x", max_tokens=1, extra_body={"priority": 7})
     assert seen == [-3, 7]

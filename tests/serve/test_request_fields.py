@@ -182,6 +182,68 @@ def test_fields_of_the_request_itself(http: TestClient, speaker: Speaker, path: 
     assert ask(http, path, request_id="").status_code == 400
 
 
+@pytest.mark.parametrize(
+    ("path", "field", "value", "hint"),
+    [
+        (CHAT, "temprature", 0, "did you mean 'temperature'?"),
+        (TEXT, "max_new_tokens", 5, "did you mean 'max_tokens'?"),
+        (CHAT, "topK", 1, "did you mean 'top_k'?"),
+        (TEXT, "top-p", 0.5, "did you mean 'top_p'?"),
+        (CHAT, "reasoning_efort", "low", "did you mean 'reasoning_effort'?"),
+        (CHAT, "echo", True, "it belongs to requests of the other kind"),
+        (CHAT, "best_of", 3, "it belongs to requests of the other kind"),
+        (TEXT, "max_completion_tokens", 3, "it belongs to requests of the other kind"),
+        (TEXT, "tools", [TOOL], "it belongs to requests of the other kind"),
+    ],
+)
+def test_a_slip_is_not_ignored(http: TestClient, path: str, field: str, value: object, hint: str) -> None:
+    response = ask(http, path, **{field: value})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == field
+    assert hint in response.json()["error"]["message"]
+    assert ask(http, path, **{field: None}).status_code == 200
+
+
+def test_what_nobody_knows_is_named_once_in_the_log(
+    http: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        assert ask(http, CHAT, session="5", echo=False).status_code == 200
+    assert [record.getMessage() for record in caplog.records if "session" in record.getMessage()] == [
+        "requests bring the field 'session', which has no effect here"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        (CHAT, {"temperature": "0.5"}, "temperature"),
+        (CHAT, {"temperature": True}, "temperature"),
+        (CHAT, {"max_tokens": True}, "max_tokens"),
+        (TEXT, {"max_tokens": "8"}, "max_tokens"),
+        (TEXT, {"max_tokens": 8.5}, "max_tokens"),
+        (TEXT, {"logprobs": True}, "logprobs"),
+        (CHAT, {"logprobs": 3}, "logprobs"),
+        (CHAT, {"stream": "no"}, "stream"),
+        (CHAT, {"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+        (TEXT, {"stop_token_ids": [True]}, "stop_token_ids.0"),
+        (TEXT, {"allowed_token_ids": []}, "allowed_token_ids"),
+        (CHAT, {"bad_words": [""]}, "bad_words"),
+        (TEXT, {"prompt": [10**20]}, "prompt"),
+    ],
+)
+def test_another_type_is_refused_and_not_read_as_its_like(
+    http: TestClient, path: str, fields: dict[str, object], param: str
+) -> None:
+    response = ask(http, path, **fields)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
+
+
+def test_whole_numbers_may_have_a_point(http: TestClient, speaker: Speaker) -> None:
+    assert ask(http, TEXT, max_tokens=8.0, n=1.0, temperature=1).status_code == 200
+    assert (speaker.params[-1].max_tokens, speaker.params[-1].n) == (8, 1)
+
+
 def test_tokens_by_their_ids(http: TestClient) -> None:
     fields = {"return_tokens_as_token_ids": True, "top_logprobs": 1, "logprobs": True}
     first = ask(http, CHAT, **fields).json()["choices"][0]["logprobs"]["content"][0]
