@@ -45,7 +45,10 @@ REFUSED: Accepted = {
 UNSUPPORTED = NEEDS_ENGINE | REFUSED
 # These change no answer.
 HARMLESS = frozenset(
-    ("user", "store", "service_tier", "mm_hashes", "collect_metrics", "max_streaming_response_tokens")
+    (
+        *("user", "store", "service_tier", "mm_hashes", "collect_metrics", "max_streaming_response_tokens"),
+        "models",  # other models to ask where this one is missing: it is not
+    )
 )
 _NEAR = 0.8  # how alike a name has to be to one of ours to be taken for a slip
 
