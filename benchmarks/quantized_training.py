@@ -49,6 +49,7 @@ from ernietune.infer.engine import Engine  # noqa: E402
 from ernietune.train import loop  # noqa: E402
 from ernietune.train import run as training  # noqa: E402
 from ernietune.train.base import load_base  # noqa: E402
+from ernietune.train.log import console  # noqa: E402
 from ernietune.train.sft import to_inputs  # noqa: E402
 
 EPOCHS, DPO_EPOCHS = 10, 1
@@ -156,6 +157,7 @@ def main() -> None:
     parser.add_argument("--answers", action="store_true")
     args = parser.parse_args()
     forms = args.forms or list(FORMS)
+    console.quiet = True
     with tempfile.TemporaryDirectory() as name:
         if args.answers:
             print_answers(forms, Path(name))
