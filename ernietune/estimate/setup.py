@@ -193,10 +193,10 @@ class Setup:
 
     @property
     def head_panel(self) -> float:
-        """Bytes of the piece of a bfloat16 head that is widened at a time, beside the piece itself."""
+        """Bytes of the piece of a bfloat16 head that is widened at a time."""
         if self._scheme is None or self.gpu:
             return 0.0
-        return 6.0 * min(LOGITS, self.local.vocab_size * self.geometry.hidden_size)
+        return 4.0 * min(LOGITS, self.local.vocab_size * self.geometry.hidden_size)
 
     def changed(self, **changes: object) -> Setup:
         """The same with other values, named section__key for a key of the configuration."""

@@ -207,8 +207,9 @@ def _loss(found: Walk, setup: Setup, again: bool) -> None:
     chunk, chunks = _chunks(setup.tokens, rows)
     chunk *= 4.0 * g.vocab_size
     found.kept += width  # the input of the last norm
-    panel = setup.head_panel + (chunk / 2 if c == 2 else 0)
-    found.note("loss", cross_entropy=3 * width + chunks * chunk + panel)
+    # A piece of a widened head is there before its logits are whole.
+    logits = (chunks - 1) * chunk + max(chunk, setup.head_panel) + (chunk / 2 if c == 2 else 0)
+    found.note("loss", cross_entropy=3 * width + logits)
     head = "lm_head.weight" if not g.tie_word_embeddings else "model.embed_tokens.weight"
     table = float(setup.trained.get(head, 0)) * c
     if table and not again:
