@@ -63,11 +63,10 @@ TEXT_PAIRS = ["data.train=[data/preferences/train.jsonl]", "data.eval=[data/pref
 
 @dataclass(frozen=True)
 class Losses:
-    """Of the runs over one base, by seed: training and held-out loss at the end; their CPU-seconds."""
+    """Of the runs over one base, by seed: training and held-out loss at the end."""
 
     training: list[float]
     held_out: list[float]
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -81,15 +80,23 @@ class Answers:
 
 
 def trained(path: str, form: str, output: Path, *overrides: str) -> list[dict[str, Any]]:
-    """Train a recipe over a form of its base; the lines of its log."""
+    """Train a recipe over a form of its base, unless that has been done; the lines of its log."""
     values = [f"model.quantization={form}", f"train.output={output}", "data.workers=0"]
-    training.main(configuration.load(ROOT / path, [*values, *overrides]))
-    return [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = _lines(output / "log.jsonl")
+    if not lines or lines[-1]["kind"] != "eval":  # the evaluation after the last step
+        training.main(configuration.load(ROOT / path, [*values, *overrides]))
+        lines = _lines(output / "log.jsonl")
+    return lines
+
+
+def _lines(log: Path) -> list[dict[str, Any]]:
+    text = log.read_text(encoding="utf-8") if log.is_file() else ""
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def losses(form: str, folder: Path, seeds: int, epochs: int, *overrides: str) -> Losses:
     """The recipe over one form, seed by seed."""
-    started, last, held_out = time.process_time(), [], []
+    last, held_out = [], []
     for seed in range(seeds):
         values = [f"train.epochs={epochs}", f"train.seed={seed}", ONCE, *overrides]
         log = trained(SFT, form, folder / f"{form}-{seed}", *values)
@@ -97,7 +104,7 @@ def losses(form: str, folder: Path, seeds: int, epochs: int, *overrides: str) ->
         epoch = steps[-len(steps) // epochs :]
         last.append(sum(epoch) / len(epoch))
         held_out.append(log[-1]["loss"])
-    return Losses(last, held_out, time.process_time() - started)
+    return Losses(last, held_out)
 
 
 def loss_before(form: str) -> float:
@@ -155,14 +162,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="two or more")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--answers", action="store_true")
+    parser.add_argument("--work", type=Path, help="keeps the runs, to go on; default: none does")
     args = parser.parse_args()
     forms = args.forms or list(FORMS)
     console.quiet = True
     with tempfile.TemporaryDirectory() as name:
+        folder = args.work or Path(name)
         if args.answers:
-            print_answers(forms, Path(name))
+            print_answers(forms, folder)
         else:
-            print_losses(forms, Path(name), args.seeds, args.epochs)
+            print_losses(forms, folder, args.seeds, args.epochs)
     if "fp8" in forms:
         print("fp8, by decoder layer:", "  ".join(f"{error:.2%}" for error in layer_errors()))
 
@@ -181,14 +190,14 @@ def print_losses(forms: list[str], folder: Path, seeds: int, epochs: int) -> Non
 def heading(first: str) -> str:
     """What stands over `row`."""
     columns = f"{'to none':>9}{'+-':>7}{'by seed':>19}"
-    return f"{first:16}{'before':>9}{'training':>10}{columns}{'held out':>10}{columns}{'CPU-s':>7}"
+    return f"{first:16}{'before':>9}{'training':>10}{columns}{'held out':>10}{columns}"
 
 
 def row(name: str, before: float, found: Losses, plain: Losses | None) -> str:
     """One line of the table; without `plain` it is compared with its own mean."""
     training_part = _compared(found.training, plain and plain.training)
     held_out = _compared(found.held_out, plain and plain.held_out)
-    return f"{name:16}{before:9.4f}{training_part}{held_out}{found.seconds:7.0f}"
+    return f"{name:16}{before:9.4f}{training_part}{held_out}"
 
 
 def _compared(found: list[float], plain: list[float] | None) -> str:
