@@ -4,10 +4,10 @@
     python benchmarks/estimate.py NAME...    some of them
 
 Measured: the peak of Paddle's host allocator over two optimizer steps with full rows, everything counted that
-was allocated for the model. Beside it the growth of the process's resident memory, which the allocator of
-the C library rounds up. Of several processes both are the largest of any, and the bytes that rank 0 sent in a
-step, counted call by call, stand beside those of the formulas. Exit code 1 when memory or bytes are off by
-more than 10 %.
+was allocated for the model, and the codes of a quantised base, which lie elsewhere. Beside it the growth of
+the resident memory of the process, which the allocator of the C library rounds up. Of several both are the
+largest of any, and the bytes that rank 0 sent in a step, counted call by call, stand beside those of the
+formulas. Exit code 1 when memory or bytes are off by more than 10 %.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ class Case:
     dropout: float = 0.0
     accumulation: int = 1
     parallel: dict[str, Any] = field(default_factory=dict)
+    form: str = "none"  # of a frozen base
 
 
 EXPERTS = ["attention", "experts"]
@@ -79,6 +81,11 @@ def several(parallel: dict[str, Any], recompute: str = "none", accumulation: int
     return Case(
         "21b-a3b", SMALL, 1024, recompute, targets=EXPERTS, accumulation=accumulation, parallel=parallel
     )
+
+
+def coded(form: str, recompute: str = "none", tokens: int = 1024) -> Case:
+    """A text model with experts over a base in codes."""
+    return Case("21b-a3b", MOE, tokens, recompute, targets=EXPERTS, form=form)
 
 
 CASES = {
@@ -97,6 +104,15 @@ CASES = {
     ),
     "pictures, adapted tower, layers": Case(
         "vl-28b-a3b", {**VL, "vision_config": TOWER}, 1024, "layers", images=512, targets=ALL
+    ),
+    "int8 base, layers": coded("wint8", "layers"),
+    "int4 base": coded("wint4"),
+    "int4 base, few tokens, layers": coded("wint4", "layers", 64),
+    "int8 and int4 base, few tokens, layers": coded("mixed", "layers", 64),
+    "NF4 base, few tokens, layers": coded("nf4", "layers", 64),
+    "FP8 base, layers": coded("fp8", "layers"),
+    "int8 base, pictures, frozen tower": Case(
+        "vl-28b-a3b", {**VL, "vision_config": TOWER}, 512, images=256, targets=EXPERTS, form="wint8"
     ),
     "data 2": several({"data": 2}, accumulation=2),
     "data 2, sharding 1": several({"data": 2, "sharding": 1}, accumulation=4),
@@ -132,18 +148,26 @@ def config_of(case: Case) -> Any:
     lora = LoraSection(enabled=not case.full, targets=case.targets, dropout=case.dropout)
     data = DataSection(train=["-"], max_length=case.tokens)
     parallel = ParallelSection(**case.parallel)
-    return Config(ModelSection(path="-", shape=case.shape), lora, data, train, parallel=parallel)
+    model = ModelSection(path="-", shape=case.shape, quantization=case.form)
+    return Config(model, lora, data, train, parallel=parallel)
 
 
 def geometry_of(case: Case) -> Any:
     """The model of a case."""
-    from ernietune.models.config import SHAPES, ModelConfig
+    from ernietune.models.config import ModelConfig
+
+    return ModelConfig.from_dict(raw_of(case), case.shape)
+
+
+def raw_of(case: Case) -> dict[str, Any]:
+    """Its config.json."""
+    from ernietune.models.config import SHAPES
 
     raw = SHAPES[case.shape]
     sizes = dict(case.sizes)
     if "vision_config" in sizes:
         sizes["vision_config"] = raw["vision_config"] | sizes["vision_config"]
-    return ModelConfig.from_dict(raw | sizes | (TOKENS if "vl" in case.shape else {}), case.shape)
+    return raw | sizes | (TOKENS if "vl" in case.shape else {})
 
 
 def batch_of(case: Case, vocabulary: int) -> Any:
@@ -180,6 +204,35 @@ def batch_of(case: Case, vocabulary: int) -> Any:
     )
 
 
+def base_of(case: Case, geometry: Any, team: Any) -> tuple[Any, int]:
+    """The model with random weights, and the bytes of it that the allocator does not know: codes."""
+    import paddle
+    from paddle.base import core
+
+    from ernietune.models.packed import stored_bytes
+    from ernietune.parallel.apply import build
+    from ernietune.train.base import load_base
+
+    if case.form == "none":
+        model = build(geometry, "float32", team)
+        for parameter in model.parameters():
+            parameter.set_value(paddle.uniform(parameter.shape, "float32", -0.02, 0.02))
+        return model, 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = written(case, Path(name))
+        model = load_base(folder, geometry, "float32", case.form)
+    return model, stored_bytes(model) - core.host_memory_stat_current_value("Allocated", 0)
+
+
+def written(case: Case, folder: Path) -> Path:
+    """A checkpoint of a case."""
+    from ernietune.initialize import initialize
+    from ernietune.models.config import SHAPES
+
+    SHAPES["case"] = raw_of(case)
+    return initialize("case", folder / "base")
+
+
 def train(case: Case) -> dict[str, float]:
     """Two optimizer steps: bytes at the allocator's peak, growth of the resident memory, and the estimate.
 
@@ -192,7 +245,7 @@ def train(case: Case) -> dict[str, float]:
     from ernietune.estimate.setup import setup_of
     from ernietune.lora import inject, unfreeze
     from ernietune.memory_modes import recompute_of
-    from ernietune.parallel.apply import apply, build
+    from ernietune.parallel.apply import apply
     from ernietune.parallel.team import Team
     from ernietune.train import loop
     from ernietune.train.division import degrees_of
@@ -205,9 +258,7 @@ def train(case: Case) -> dict[str, float]:
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     team = Team.of(degrees_of(config))
     paddle.seed(0)
-    model = build(geometry, "float32", team)
-    for parameter in model.parameters():
-        parameter.set_value(paddle.uniform(parameter.shape, "float32", -0.02, 0.02))
+    model, elsewhere = base_of(case, geometry, team)
     unfreeze(model, ["all"]) if case.full else inject(model, lora_spec(config.lora))
     options = {"stage": config.parallel.sharding, "base_sharded": config.parallel.base == "sharded"}
     trained = apply(model, team, recomputed=recompute_of(case.recompute), **options)
@@ -222,7 +273,7 @@ def train(case: Case) -> dict[str, float]:
     setup = setup_of(config, geometry, gpu=False).changed(image_tokens=case.images, picture_patches=256)
     found = estimate(setup)
     return {
-        "peak": core.host_memory_stat_peak_value("Allocated", 0),
+        "peak": core.host_memory_stat_peak_value("Allocated", 0) + elsewhere,
         "resident": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident) * 1024,
         "estimate": found.needed,
         "sent": (sum(team.world.traffic.sent.values()) - before) / 2,

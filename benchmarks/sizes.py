@@ -2,12 +2,14 @@
 
     python benchmarks/sizes.py dense     the 0.3B shape: 5 steps of 512 tokens
     python benchmarks/sizes.py vl        two layers of VL-28B-A3B and its vision tower: 1 step, 1 picture
-    python benchmarks/sizes.py quantized-vl [FORM]    four layers of VL-28B-A3B, base in wint8: 1 step
-    python benchmarks/sizes.py quantized-300b [FORM]  dense and expert layer of 300B-A47B, in mixed: 1 step
+    python benchmarks/sizes.py quantized-vl [FORM]    four layers of VL-28B-A3B, base in wint8: 2 steps
+    python benchmarks/sizes.py quantized-300b [FORM]  dense and expert layer of 300B-A47B, in mixed: 2 steps
     python benchmarks/sizes.py load      a 20 GB checkpoint, 13 layers of 21B-A3B, into a wint4 base
 
-Prints seconds and peak memory of each command. `vl` needs 24 GB of disk and memory, quantized-300b 17 GB of
-disk and 10 of memory; the checkpoint of `load` is of zeros, in sparse files that take no disk.
+Prints seconds and peak memory of each command; of the quantized ones how far the process grows, at most,
+while it loads and trains, beside what `ernietune estimate` says. `vl` needs 24 GB of disk and memory,
+quantized-300b 17 GB of disk and 10 of memory; the checkpoint of `load` is of zeros, in sparse files that take
+no disk.
 """
 
 from __future__ import annotations
@@ -61,6 +63,17 @@ def _environment() -> dict[str, str]:
     return os.environ | {"COLUMNS": "200", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
 
 
+# Freed memory goes back to the system; a training otherwise keeps it (ernietune/environment.py). So what is
+# resident is what is in use. The other variables are those that `import ernietune` sets.
+_GIVING_BACK = {
+    "ERNIETUNE_KEEP_ENV": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+    "FLAGS_use_stride_kernel": "0",
+    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())),
+    "MKL_NUM_THREADS": os.environ.get("MKL_NUM_THREADS", str(os.cpu_count())),
+}
+
+
 def picture() -> str:
     """A 448 x 448 picture of noise as a data: URI (256 tokens)."""
     pixels = np.random.default_rng(0).integers(0, 256, (448, 448, 3), dtype=np.uint8)
@@ -69,19 +82,20 @@ def picture() -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def records(vision: bool) -> list[dict[str, Any]]:
-    """Conversations of random words, with a picture for a vision-language model."""
+def records(vision: bool, words: int = 100) -> list[dict[str, Any]]:
+    """Conversations, answers of `words` random words, with a picture for a vision-language model."""
     random = np.random.default_rng(1)
     content: list[dict[str, Any]] = [{"type": "text", "text": " ".join(random.choice(WORDS, 40))}]
     if vision:
         content.insert(0, {"type": "image_url", "image_url": {"url": picture()}})
-    answers = [" ".join(random.choice(WORDS, 100)) for _ in range(20)]
+    answers = [" ".join(random.choice(WORDS, words)) for _ in range(20)]
     return [
         {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
         for answer in answers
     ]
 
 
+ROW = 512  # tokens; half of it is the picture
 # Case -> the shape, its layers, where its experts begin, and the form of the base.
 QUANTIZED = {
     "quantized-vl": ("vl-28b-a3b", 4, [1, 1], "wint8"),
@@ -90,24 +104,58 @@ QUANTIZED = {
 
 
 def quantized(case: str, form: str) -> None:
-    """Write a checkpoint, plan and train a step over it: the peak beside what the plan says."""
+    """Write a checkpoint and train two steps of a full row over it: the peak beside the estimate's."""
     from ernietune.initialize import initialize
     from ernietune.models.config import SHAPES
 
     shape, layers, first, _ = QUANTIZED[case]
     SHAPES[case] = SHAPES[shape] | {"moe_layer_start_index": first}  # 300B has three dense layers before them
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, started = Path(name), time.perf_counter()
         initialize(case, folder / "base", layers, max_shard_bytes=5 << 30)
+        written = sum(file.stat().st_size for file in folder.glob("base/*.safetensors"))
+        print(f"{written / 1e9:.1f} GB written in {time.perf_counter() - started:.0f} s", flush=True)
         data, config = folder / "data.jsonl", folder / "config.yaml"
-        data.write_text(json.dumps(records(case == "quantized-vl")[0]) + "\n", encoding="utf-8")
+        one = records(vision := case == "quantized-vl", 118 if vision else 285)[0]  # nearly a row
+        data.write_text(json.dumps(one) + "\n", encoding="utf-8")
         config.write_text(
             f"model: {{path: {folder / 'base'}, quantization: {form}}}\n"
-            f"data: {{train: [{data}], max_length: 512, workers: 0}}\n"
-            f"train: {{output: {folder / 'run'}, steps: 1}}\n"
+            f"data: {{train: [{data}], max_length: {ROW}, workers: 0}}\n"
+            f"train: {{output: {folder / 'run'}, steps: 2}}\n"
         )
-        run(f"{case} {form}: plan", "train", config, "--dry-run")
-        run(f"{case} {form}: step", "train", config)
+        command = [sys.executable, __file__, "--measured", config]
+        subprocess.run(command, cwd=ROOT, env=_environment() | _GIVING_BACK, check=True)
+
+
+def measured(config_file: str) -> None:
+    """Train in this process: what its memory grew by, at most, beside the estimate of the configuration.
+
+    The estimate is of a step that is not the first. Linux counts a process's fullest moment since its start.
+    """
+    from ernietune import config as configuration
+    from ernietune.estimate.report import estimate
+    from ernietune.models.config import ModelConfig
+    from ernietune.train import memory, run
+
+    config = configuration.load(config_file)
+    predicted = estimate(memory.settled(config, ModelConfig.from_folder(config.model.path)))
+    before, started = _resident("VmRSS"), time.process_time()
+    run.main(config)
+    grown = _resident("VmHWM") - before
+    log = (Path(config.train.output) / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    print(f"a row of {json.loads(log[0])['tokens']} tokens of {ROW}")
+    parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in predicted.peak.parts.items() if size)
+    print(f"two steps with loading {time.process_time() - started:.1f} CPU-s; predicted: {parts}")
+    print(
+        f"predicted {predicted.needed / 2**30:.2f} GiB, measured {grown / 2**30:.2f} GiB beside "
+        f"{before / 2**30:.2f} of Python: {predicted.needed / grown:.3f}"
+    )
+
+
+def _resident(kind: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at most so far."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:"))
 
 
 def sparse_checkpoint(folder: Path, layers: int) -> int:
@@ -172,7 +220,9 @@ def main() -> None:
     """Run one of the cases."""
     sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
     case, *form = sys.argv[1:] or [""]
-    if case in QUANTIZED:
+    if case == "--measured":
+        measured(*form)
+    elif case in QUANTIZED:
         quantized(case, *form or [QUANTIZED[case][3]])
     elif case == "load":
         load()

@@ -53,7 +53,14 @@ def decoder_block(setup: Setup, layer: int) -> Block:
     if layer == 0 and not setup.trains_before_layers and setup.degrees.world == 1:
         attention = replace(attention, input=0.0)
     mlp = _moe(setup, path + "mlp.") if setup.geometry.is_moe_layer(layer) else _dense(setup, path + "mlp.")
-    return Block(attention, mlp, _stream(setup), gradients_under(setup, path))
+    halves = _widening(setup, attention, path + "self_attn."), _widening(setup, mlp, path + "mlp.")
+    return Block(*halves, _stream(setup), gradients_under(setup, path))
+
+
+def _widening(setup: Setup, half: Half, path: str) -> Half:
+    """The same beside the numbers of the matrix that is multiplied with, where it is held as codes."""
+    wide = setup.widened(path)
+    return replace(half, forward=half.forward + wide, backward=half.backward + wide)
 
 
 def _stream(setup: Setup) -> float:
@@ -167,7 +174,8 @@ def vision_block(setup: Setup, index: int) -> Block:
     low_rank = _low_rank(setup, path, "mlp.fc1", p, v.embed_dim)
     low_rank += _low_rank(setup, path, "mlp.fc2", p, v.intermediate_size)
     mlp = Half(width, width, 3 * inner + low_rank, inner, 2 * inner, 3 * inner + 2 * width)
-    return Block(attention, mlp, width, gradients_under(setup, path))
+    halves = _widening(setup, attention, path + "attn."), _widening(setup, mlp, path + "mlp.")
+    return Block(*halves, width, gradients_under(setup, path))
 
 
 def patches(setup: Setup) -> int:

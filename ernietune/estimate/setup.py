@@ -17,6 +17,9 @@ from ernietune.parallel.degrees import Degrees, Part
 from ernietune.targets import LoraSpec, Shapes, choose_trained, select
 
 GIB = 2**30
+LOGITS = 1 << 24  # numbers of a chunk of the loss, and of a piece of its head
+# Bytes for a number of a matrix while it is made of codes: its fp32 value, and what it comes from.
+_WIDENED = {"int": 4.0, "nf4": 6.0, "fp8": 12.0}
 _DECODER = re.compile(r"model\.layers\.\d+\..*")
 
 
@@ -170,13 +173,30 @@ class Setup:
         held = last == "weight" and len(self.whole[path]) > 1
         return form_of(layer, self.whole[path], scheme, {}) if held else None
 
+    def widened(self, prefix: str) -> float:
+        """Bytes that products make of the stored matrices below a path: of one at a time, of the largest."""
+        return max((size for path, size in self._wide.items() if path.startswith(prefix)), default=0.0)
+
     @cached_property
-    def widened(self) -> float:
-        """Bytes of the largest matrix that a product makes of codes, one at a time."""
+    def _wide(self) -> dict[str, float]:
+        """The same of every parameter that is held in another form than products take."""
         if self._scheme is None:
+            return {}
+        layers = [path for path in self.shapes if ".router." not in path]
+        forms = {path: form for path in layers if (form := self._form(path, self._scheme))}
+        # Kernels of a GPU read all codes but NF4's as they are.
+        return {
+            path: _WIDENED[form.kind] * math.prod(self.shapes[path][-2:])
+            for path, form in forms.items()
+            if form.kind == "nf4" or not self.gpu
+        }
+
+    @property
+    def head_panel(self) -> float:
+        """Bytes of the piece of a bfloat16 head that is widened at a time."""
+        if self._scheme is None or self.gpu:
             return 0.0
-        found = (path for path in self.shapes if _DECODER.fullmatch(path) and path.endswith("proj.weight"))
-        return self.number * float(max(math.prod(self.shapes[path][-2:]) for path in found))
+        return 4.0 * min(LOGITS, self.local.vocab_size * self.geometry.hidden_size)
 
     def changed(self, **changes: object) -> Setup:
         """The same with other values, named section__key for a key of the configuration."""

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 
 from ernietune.estimate.activations import Block, Half, decoder_block, vision_block
 from ernietune.estimate.holdings import layer_in_use, publishing, shared, static_parts, summing
-from ernietune.estimate.setup import Setup
+from ernietune.estimate.setup import LOGITS, Setup
 from ernietune.memory_modes import Recompute
 
-LOGITS = 1 << 24  # numbers of a chunk of the loss
 RESAMPLER = 10  # tensors of a tower block's width that it keeps
 # What no formula gives: the CUDA context with its libraries, and what the allocator cannot hand out.
 CONTEXT = 1.0 * 2**30
@@ -184,7 +183,7 @@ def _vision_forward(found: Walk, setup: Setup) -> list[tuple[int, Block]]:
             found.tower += _block_kept(setup, index, block)
     if setup.trains_vision:
         found.tower += RESAMPLER * width
-    found.note("resampler", vision_tower=4 * width)
+    found.note("resampler", vision_tower=4 * width + setup.widened("model.resampler_model."))
     return blocks
 
 
@@ -208,7 +207,9 @@ def _loss(found: Walk, setup: Setup, again: bool) -> None:
     chunk, chunks = _chunks(setup.tokens, rows)
     chunk *= 4.0 * g.vocab_size
     found.kept += width  # the input of the last norm
-    found.note("loss", cross_entropy=3 * width + chunks * chunk + (chunk / 2 if c == 2 else 0))
+    # A piece of a widened head is there before its logits are whole.
+    logits = (chunks - 1) * chunk + max(chunk, setup.head_panel) + (chunk / 2 if c == 2 else 0)
+    found.note("loss", cross_entropy=3 * width + logits)
     head = "lm_head.weight" if not g.tie_word_embeddings else "model.embed_tokens.weight"
     table = float(setup.trained.get(head, 0)) * c
     if table and not again:

@@ -23,6 +23,7 @@ LEVELS = np.array(
     np.float32,
 )
 _BORDERS = (LEVELS[1:] + LEVELS[:-1]) / 2
+_PAIRS = np.stack([np.tile(LEVELS, 16), np.repeat(LEVELS, 16)], axis=-1)  # byte -> both of its levels
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,11 +52,9 @@ def codes_of(rows: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
 
 def dequantize(weight: Nf4Weight) -> Tensor:
     """The numbers that the codes stand for, fp32 [.., out, in]."""
-    codes = weight.codes.astype("int32")
-    pairs = paddle.stack([codes % 16, codes // 16], axis=-1).flatten()
-    values = paddle.gather(paddle.to_tensor(LEVELS), pairs)
+    values = paddle.gather(paddle.to_tensor(_PAIRS), weight.codes.flatten().astype("int32"))
     grouped = values.reshape([*weight.shape[:-1], -1, weight.group])
-    return (grouped * weight.scale.unsqueeze(-1)).reshape(weight.shape)
+    return grouped.multiply_(weight.scale.unsqueeze(-1)).reshape(weight.shape)
 
 
 def expert(weight: Nf4Weight, index: int) -> Nf4Weight:

@@ -224,6 +224,34 @@ def test_quantised_weights(scheme: str, least: float, most: float) -> None:
     assert least * layers / 2 < size - 2 * 103_424 * 2560 < (most + 0.05) * layers / 2
 
 
+def test_a_matrix_made_of_codes_counts_while_it_is_multiplied_with() -> None:
+    """VL-28B on a CPU: one matrix of the dense MLP is 2560 x 12288, of the shared experts 2560 x 3072."""
+    whole = setup()
+    plain = setup_of(whole.config, whole.geometry, gpu=False)
+    for form, each in (("wint8", 4), ("wint4", 4), ("nf4", 6), ("fp8", 12)):
+        coded = plain.changed(model__quantization=form)
+        for layer, numbers in ((0, 2560 * 12288), (1, 2560 * 3072)):
+            before, after = (decoder_block(some, layer).mlp for some in (plain, coded))
+            assert after.backward - before.backward == each * numbers
+            assert after.forward - before.forward == each * numbers
+            assert after.full == before.full
+    on_card = whole.changed(model__quantization="wint8")
+    assert decoder_block(on_card, 0).mlp == decoder_block(whole, 0).mlp  # kernels read the codes
+    assert on_card.changed(model__quantization="nf4").widened("model.layers.0.mlp.") == 6 * 2560 * 12288
+
+
+def test_a_bfloat16_head_is_widened_by_the_piece_on_a_cpu() -> None:
+    """16 rows of labels: their logits are far fewer than the 2^24 numbers of the piece."""
+    whole = setup(VL, "data.max_length=16")
+    plain = setup_of(whole.config, whole.geometry, gpu=False).changed(image_tokens=0)
+    losses = {}
+    for some in (plain, plain.changed(model__quantization="wint8")):
+        moments = [moment for moment in walk(some).moments if moment.name == "loss"]
+        losses[some.config.model.quantization] = max(each.parts["cross-entropy"] for each in moments)
+    logits = 4 * 16 * 103_424
+    assert losses["wint8"] - losses["none"] == 4 * 2**24 - logits
+
+
 def test_cards() -> None:
     assert [card.name for card in cards_for(80)] == ["A100 80 GB", "H100 SXM"]
     assert [card.name for card in cards_for(60)] == ["L40S"]
