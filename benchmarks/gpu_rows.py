@@ -25,7 +25,8 @@ def shape_rows(sheet: Sheet, s: Shapes) -> None:
     flops, low = 6.0 * pairs * s.hidden * s.inner, 6.0 * pairs * s.rank * (s.hidden + s.inner)
 
     def forward() -> Any:
-        return experts.forward(layer.x, layer.weights, layer.chosen, *layer.trio)
+        placement = experts.by_choice(layer.chosen, s.experts)
+        return experts.forward(layer.x, layer.weights, placement, *layer.trio)
 
     sheet.add(f"layer forward, {where}", forward, lambda: (forward()[0], truth.y), flops=flops + low)
     saved = forward()[1]

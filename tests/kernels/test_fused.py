@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 import ernietune_kernels as kernels
 import numpy as np
 import paddle
-from ernietune_kernels import fused
-from ernietune_kernels.fused import ExpertFactors
+from ernietune_kernels import fused, fused_experts
+from ernietune_kernels.fused_experts import ExpertFactors
 from paddle import Tensor
 
 
@@ -108,7 +108,7 @@ def test_routed_experts(adapted: str) -> None:
     for keep_activation in (True, False):
         rows, plan = kernels.permute(x, experts, count)
         plain = kernels.unpermute(down(kernels.swiglu(gate(rows), up(rows))), weights, plan)
-        mine = fused.routed_experts(x, weights, experts, *layers, keep_activation=keep_activation)
+        mine = fused_experts.routed_experts(x, weights, experts, *layers, keep_activation=keep_activation)
         same_gradients(mine, plain, leaves)
 
 

@@ -196,7 +196,8 @@ def test_the_expert_layer_and_every_gradient(
     projections = [
         experts.Projection(Stack(layer[0]), *(f.detach() for f in layer[1:]), scale=0.5) for layer in layers
     ]
-    y, saved = experts.forward(x.detach(), weights.detach(), chosen, *projections)
+    placement = experts.by_choice(chosen, count)
+    y, saved = experts.forward(x.detach(), weights.detach(), placement, *projections)
     again = experts.backward(outer, replace(saved, h=None), *projections)
     found = experts.backward(outer, saved, *projections)
     assert (again.x == found.x).all()
@@ -218,7 +219,7 @@ def test_a_projection_without_a_is_one_without_adapter() -> None:
         experts.forward(
             random(1, 8),
             random(1, 1),
-            paddle.zeros([1, 1], "int64"),
+            experts.by_choice(paddle.zeros([1, 1], "int64"), 2),
             adapted,
             replace(adapted, a=None),
             adapted,

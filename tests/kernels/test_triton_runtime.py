@@ -35,6 +35,21 @@ def test_rms_norm_writes_into_paddle_memory(dtype: str, width: int) -> None:
         np.testing.assert_allclose(found, reference.rms_norm(x, weight, 1e-5).numpy(), rtol=2e-6, atol=1e-6)
 
 
+def test_a_view_is_read_by_its_values_not_by_its_memory() -> None:
+    """On a GPU Paddle hands out views with strides, gradients among them; kernels know of none."""
+    rows, weight = paddle.randn([96, 5]), paddle.ones([96])
+    before = paddle.get_flags("FLAGS_use_stride_kernel")
+    paddle.set_flags({"FLAGS_use_stride_kernel": True})
+    try:
+        view = rows.transpose([1, 0])
+        assert not view.is_contiguous()
+        found = norm.rms_norm(view, weight, 1e-5)[0]
+    finally:
+        paddle.set_flags(before)
+    truth = reference.rms_norm(paddle.to_tensor(rows.numpy().T.copy()), weight, 1e-5)
+    np.testing.assert_allclose(found.numpy(), truth.numpy(), rtol=2e-6, atol=1e-6)
+
+
 def test_a_users_tile_table_overrides_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "tuned.json"
     default = {"BLOCK_M": 64, "num_warps": 4}

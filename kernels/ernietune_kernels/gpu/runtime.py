@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from .tensors import Tensor, is_tensor, is_torch, on_gpu
+from .tensors import Tensor, contiguous, is_tensor, is_torch, on_gpu
 
 # A100, H100 and H200, B200 and B300: the tiles are made for their shared memory, which other cards have not.
 CAPABILITIES = (80, 90, 100, 103)
@@ -66,10 +66,12 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **constants: Any) 
     """Run `kernel` on a grid of one to three sizes; nothing happens when one of them is 0.
 
     Tensors among the arguments are all Paddle's or all torch's; constants are the kernel's constexprs and
-    Triton's own (num_warps, num_stages).
+    Triton's own (num_warps, num_stages). Kernels write into whole tensors of their caller's making; what they
+    read may be a view with strides of its own, as autograd hands them out on a GPU, and is copied then.
     """
     if not all(grid):
         return
+    arguments = tuple(contiguous(a) if is_tensor(a) else a for a in arguments)
     paddles = any(is_tensor(a) and not is_torch(a) for a in arguments)
     if paddles and interpreted():
         arguments = tuple(_Storage(a) if is_tensor(a) else a for a in arguments)
