@@ -1,4 +1,4 @@
-"""One MoE layer whose experts two processes share, with and without the kernels of a GPU, in their interpreter.
+"""One MoE layer whose experts two processes share, plain and by the kernels of a GPU in their interpreter.
 
 Started twice: each process compares what comes of its rows, their gradients and those of its experts and its
 routers with the whole layer, and writes the largest differences, by the largest value, to a file.
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import ernietune  # noqa: F401  (sets the environment before paddle)
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import ernietune_kernels.quantized as quantized
 import numpy as np
@@ -120,7 +120,8 @@ def _codes(values: np.ndarray, form: str) -> quantized.QuantizedWeight | fp8.Fp8
 
 def rows(process: int, name: str) -> Tensor:
     """Rows of a process, or the gradient of its result."""
-    x = paddle.to_tensor(random(TOKENS[process], TEXT.hidden_size, seed=1000 + process + 50 * (name == "grad")))
+    seed = 1000 + process + 50 * (name == "grad")
+    x = paddle.to_tensor(random(TOKENS[process], TEXT.hidden_size, seed=seed))
     x.stop_gradient = False
     return x
 

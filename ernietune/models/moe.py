@@ -87,9 +87,9 @@ class ExpertPool(nn.Layer):
         return unpermute(self.products(rows, plan.counts), weights, plan)
 
     def products(self, rows: Tensor, counts: list[int], order: Tensor | None = None) -> Tensor:
-        """Rows [N, D] through one expert each, counts[e] of them through expert e; they come back as they stood.
+        """Rows [N, D] through one expert each, counts[e] of them through expert e, in the order they came in.
 
-        `order` int64 [N] lists the rows by expert; None: they stand so.
+        `order` int64 [N] lists them by expert; None: they stand so.
         """
         fused = self._fused(rows)
         if fused:

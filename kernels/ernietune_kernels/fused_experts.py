@@ -12,7 +12,14 @@ from paddle.autograd import PyLayer
 from ernietune_kernels.fused import stack_of
 from ernietune_kernels.quantized import QuantizedWeight
 
-__all__ = ["ExpertFactors", "combined", "placed_experts", "routed_experts", "rows_by_expert", "sort_by_expert"]
+__all__ = [
+    "ExpertFactors",
+    "combined",
+    "placed_experts",
+    "routed_experts",
+    "rows_by_expert",
+    "sort_by_expert",
+]
 
 
 @dataclass(frozen=True)
@@ -113,9 +120,9 @@ def placed_experts(
     down: ExpertFactors,
     keep_activation: bool = True,
 ) -> Tensor:
-    """Rows through one expert each, counts[e] of them through expert e; they come back as they stood.
+    """Rows through one expert each, counts[e] of them through expert e, in the order they came in.
 
-    `order` int64 lists the rows by expert; None: they stand so. Nothing is weighted.
+    `order` int64 [N] lists them by expert; None: they stand so. Nothing is weighted.
     """
     from ernietune_kernels.gpu import experts
 

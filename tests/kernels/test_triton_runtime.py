@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -93,6 +95,23 @@ def test_kernels_are_taken_where_they_can_run(
         assert runtime.usable(paddle.zeros([1])) == expected
     finally:
         runtime.installed.cache_clear()
+
+
+def test_without_triton_every_operation_is_there() -> None:
+    """No module of the package imports Triton before a kernel is launched."""
+    program = """
+import sys
+sys.modules["triton"] = None
+import ernietune, paddle, ernietune_kernels as kernels
+x, experts = paddle.ones([3, 8]), paddle.to_tensor([[0, 1], [1, 2], [2, 0]])
+rows, plan = kernels.permute(kernels.rms_norm(x, paddle.ones([8]), 1e-5), experts, 3)
+rows = kernels.grouped_linear(rows, paddle.ones([3, 4, 8]), plan.counts)
+y = kernels.unpermute(kernels.swiglu(rows, rows), paddle.full([3, 2], 0.5), plan)
+print(float(kernels.linear_cross_entropy(y, paddle.ones([5, 4]), paddle.zeros([3], "int64")).sum()))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) == pytest.approx(3 * np.log(5), rel=1e-5)
 
 
 def test_a_cpu_takes_the_plain_path() -> None:

@@ -65,7 +65,7 @@ def in_order(total: int, counts_E: Tensor) -> Placement:
 
 @dataclass(frozen=True)
 class Saved:
-    """What the backward pass reads: inputs, the placement, [gate | up], h, and the rows' low-rank products."""
+    """What the backward pass reads: inputs, placement, [gate | up], h, and the rows' low-rank products."""
 
     x: Tensor
     row_weight: Tensor | None
