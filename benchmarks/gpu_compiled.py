@@ -153,6 +153,9 @@ def adapter_calls(m: Model) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "x A^T", lambda: products.narrow(x, rows, a, 0.5)
     yield "dy B", lambda: products.narrow(grads, own, b, 0.5, transposed=True, first=m.inner)
     yield "dA", lambda: products.outer(low, x, rows, m.hidden)
+    wide, short = Term(Stack(b)), Term(Stack(a))
+    yield "x A^T B^T", lambda: products.grouped(low, own, [wide])
+    yield "dy B A", lambda: products.grouped(low, own, [short], forward=False)
     yield "dB", lambda: products.outer(low, grads, own, m.inner, transposed=True, first=m.inner)
 
 

@@ -15,6 +15,8 @@ from ernietune_kernels.quantized import QuantizedWeight
 __all__ = [
     "ExpertFactors",
     "combined",
+    "grouped_linear",
+    "grouped_low_rank",
     "placed_experts",
     "routed_experts",
     "rows_by_expert",
@@ -132,6 +134,61 @@ def placed_experts(
     else:
         placement = experts.by_order(counts_E, order_N, paddle.argsort(order_N))
     return _applied(rows_ND, None, placement, (gate, up, down), keep_activation)
+
+
+def _rows(x: Tensor, counts: list[int]) -> Any:
+    from ernietune_kernels.gpu.products import Rows
+
+    return Rows(x.shape[0], paddle.to_tensor(counts, "int32", place=x.place))
+
+
+class _GroupedLinear(PyLayer):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+        from ernietune_kernels.gpu.products import Term, grouped
+
+        ctx.rows, ctx.term = _rows(x, counts), Term(stack_of(weight))
+        return grouped(x, ctx.rows, [ctx.term])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        from ernietune_kernels.gpu.products import grouped
+
+        return grouped(grad, ctx.rows, [ctx.term], forward=False), None
+
+
+def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, counts: list[int]) -> Tensor:
+    """Rows sorted by expert times a frozen stack: [N, O]."""
+    return _GroupedLinear.apply(x_NI, weight_EOI, counts)
+
+
+class _LowRank(PyLayer):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scale: float, counts: list[int]) -> Tensor:
+        from ernietune_kernels.gpu.products import Term, grouped, narrow
+
+        ctx.rows, ctx.scale = _rows(x, counts), scale
+        product = narrow(x, ctx.rows, a, scale)
+        ctx.save_for_backward(x, a, b, product)
+        return grouped(product, ctx.rows, [Term(stack_of(b))])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from ernietune_kernels.gpu.products import Term, grouped, narrow, outer
+
+        x, a, b, product = ctx.saved_tensor()
+        back = narrow(grad, ctx.rows, b, ctx.scale, transposed=True)
+        grads = (
+            grouped(back, ctx.rows, [Term(stack_of(a))], forward=False),
+            outer(back, x, ctx.rows, a.shape[2]).astype(a.dtype),
+            outer(product, grad, ctx.rows, b.shape[1], transposed=True).astype(b.dtype),
+        )
+        return tuple(None if t.stop_gradient else g for t, g in zip((x, a, b), grads, strict=True))
+
+
+def grouped_low_rank(x_NI: Tensor, a_ErI: Tensor, b_EOr: Tensor, scale: float, counts: list[int]) -> Tensor:
+    """scale (x A^T) B^T for rows sorted by expert: [N, O]."""
+    return _LowRank.apply(x_NI, a_ErI, b_EOr, scale, counts)
 
 
 def sort_by_expert(experts_Nk: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:

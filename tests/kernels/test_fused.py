@@ -169,6 +169,30 @@ def test_rows_go_to_their_experts_and_back(tokens: int, monkeypatch: pytest.Monk
     same_gradients(mine, plain, [x, weights])
 
 
+@pytest.mark.parametrize("counts", [[0, 4, 0, 20], [0, 0, 0, 0]], ids=str)
+def test_products_beside_a_base_of_another_kind(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under dropout, and with FP8 and NF4 bases: a frozen stack's product, the adapter's, and both."""
+    x, a, b = leaf(sum(counts), 24), leaf(4, 3, 24, seed=1), leaf(4, 40, 3, seed=2)
+    stack = leaf(4, 40, 24, seed=3, frozen=True)
+
+    def products() -> tuple[Tensor, ...]:
+        return (
+            kernels.grouped_linear(x, stack, counts),
+            kernels.grouped_low_rank(x, a, b, 0.5, counts),
+            kernels.grouped_lora_linear(x, stack, a, b, 0.5, counts),
+        )
+
+    plain = products()
+    with monkeypatch.context() as patched:
+        patched.setattr(fused, "available_for_products", lambda tensor: True)
+        mine = products()
+    assert [t.shape for t in mine] == [t.shape for t in plain] == [[sum(counts), 40]] * 3
+    if sum(counts):
+        same_gradients(mine[0], plain[0], [x])
+        same_gradients(mine[1], plain[1], [x, a, b])
+        same_gradients(mine[2], plain[2], [x, a, b])
+
+
 def test_a_tokens_gradients_are_added_in_fp32() -> None:
     """Eight gradients of a token, 256 and seven ones: in bfloat16 a one is lost against 256."""
     x = paddle.zeros([1, 4], "bfloat16")
