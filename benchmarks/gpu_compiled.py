@@ -193,6 +193,7 @@ def other_calls(m: Model) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "combine, weighted", lambda: permute.combine(sent, inverse, m.chosen, weights)
         yield "combine, weighted, back", lambda: permute.spread(x, sent, inverse, weights)
         if m.divided:
+            yield "sort by 128 destinations", lambda: permute.sort_by_expert(chosen, 2 * all_experts)
             yield "combine, one choice", lambda: permute.combine(sent, inverse, 1)
         weight = None if m.divided else Outline([m.rows], FP32)
         yield "SwiGLU", lambda: activation.swiglu(halves, weight)

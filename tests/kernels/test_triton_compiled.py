@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 # What one block may have of shared memory, in bytes: sm_80 163 KiB, sm_90 and sm_100 227 KiB.
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 # VL-28B's experts for text have the shape of 21B's; a card's of 300B read rows that came from others.
-HOPPER = ("--only", "bf16 FP8 int8 int4/64 cross-entropy decode combine")
+HOPPER = ("--only", "bf16 FP8 int8 int4/64 cross-entropy decode combine sort")
 SHAPES = {"21b", "vl28b-vision", "300b-ep8"}
 
 

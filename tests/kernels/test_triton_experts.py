@@ -109,6 +109,20 @@ def test_a_dense_layer_is_one_expert_and_few_rows_stream() -> None:
     )
 
 
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_32_rows_stream_the_stacks(bits: int) -> None:
+    """Decoding's largest batch: an expert has more rows than a tile, another none."""
+    counts, x = [20, 0, 12], random(32, 64)
+    rows = Rows(32, int32(counts))
+    assert rows.total <= products.FEW_ROWS * rows.experts
+    (gate, first), (up, second) = (stored(bits, (3, 40, 64), seed=s) for s in (1, 2))
+    close(products.grouped(x, rows, [Term(gate)]), reference.grouped_linear(x, first, counts))
+    halves, h = products.gate_up(x, rows, Term(gate), Term(up))
+    truths = [reference.grouped_linear(x, values, counts) for values in (first, second)]
+    close(halves, paddle.concat(truths, 1))
+    close(h, reference.swiglu(*truths), 1e-5)
+
+
 def test_factor_gradients_sum_over_the_rows_of_an_expert() -> None:
     counts = [0, 3, 30, 0]
     rows, narrow, x = Rows(33, int32(counts)), random(33, 3), random(33, 50, seed=1)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 
 import divided_experts
+import numpy as np
 import parallel_cases
 import pytest
+
+from ernietune.parallel.experts import by_expert
 
 
 @pytest.fixture(scope="module")
@@ -27,3 +30,13 @@ def test_divided_experts_are_the_whole_layer(differences, name, path):
     for found in differences:
         for what, difference in found[f"{name}, {path}"].items():
             assert difference <= (coarse if what.startswith("factors") else 1e-5), what
+
+
+@pytest.mark.parametrize("senders", [1, 2, 8])
+@pytest.mark.parametrize("most", [1, 2, 30])
+def test_the_order_by_expert_is_that_of_a_stable_sort(senders, most):
+    counts = np.random.default_rng(senders).integers(0, most, (senders, 6))
+    kinds = np.repeat(np.tile(np.arange(6), senders), counts.reshape(-1))
+    found = by_expert(counts)
+    assert found.dtype == np.int64
+    np.testing.assert_array_equal(found, np.argsort(kinds, kind="stable"))
