@@ -97,6 +97,45 @@ def test_kernels_are_taken_where_they_can_run(
         runtime.installed.cache_clear()
 
 
+def test_a_torch_without_cuda_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's driver asks whatever torch the process has loaded, also one that knows no card."""
+    from triton.backends.nvidia import driver
+
+    class Driver:
+        """Triton's, as it is beside a torch without CUDA."""
+
+        def __init__(self) -> None:
+            self.get_current_device = self.get_device_capability = self._torch
+
+        @staticmethod
+        def is_active() -> bool:
+            return False
+
+        def _torch(self, *device: int) -> int:
+            raise AssertionError("Torch not compiled with CUDA enabled")
+
+        def _get_current_device(self) -> int:
+            return 1
+
+        def _set_current_device(self, device: int) -> None:
+            raise AssertionError(device)
+
+        def _get_device_capability(self, device: int) -> tuple[int, int]:
+            return {1: (9, 0)}[device]
+
+    own = {name for name in vars(Driver) if name.endswith(("_device", "_capability"))}
+    assert own <= vars(driver.CudaDriver).keys()
+    monkeypatch.setattr(driver, "CudaDriver", Driver)
+    monkeypatch.setattr(runtime, "interpreted", lambda: False)
+    for cached in (runtime.capability, runtime._cuda_driver):
+        cached.cache_clear()
+    try:
+        assert runtime.capability() == 90
+    finally:
+        for cached in (runtime.capability, runtime._cuda_driver):
+            cached.cache_clear()
+
+
 def test_without_triton_every_operation_is_there() -> None:
     """No module of the package imports Triton before a kernel is launched."""
     program = """

@@ -121,13 +121,22 @@ class _Storage:
 
 @functools.cache
 def _cuda_driver() -> Any:
-    """Triton's CUDA driver, asked for device and stream through Paddle when torch is not loaded for a GPU."""
+    """Triton's CUDA driver as it is, or one that asks no torch where a torch without CUDA is loaded."""
     from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime import driver
 
-    if CudaDriver.is_active():
-        return driver.active
-    return CudaDriver()
+    return driver.active if CudaDriver.is_active() else _without_torch()
+
+
+def _without_torch() -> Any:
+    """A driver that asks CUDA itself: Triton's own asks torch in every process that has loaded one."""
+    from triton.backends.nvidia.driver import CudaDriver
+
+    cuda = CudaDriver()
+    cuda.get_device_capability = cuda._get_device_capability
+    cuda.get_current_device = cuda._get_current_device
+    cuda.set_current_device = cuda._set_current_device
+    return cuda
 
 
 @functools.cache
@@ -137,12 +146,8 @@ def _activate_paddle() -> None:
     Needs Triton 3.8 or later, the first that asks no torch for a launch. Not run yet: see docs/hardware.md.
     """
     import paddle
-    from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime import driver
 
-    cuda = CudaDriver()
-    cuda.get_device_capability = cuda._get_device_capability
-    cuda.get_current_device = cuda._get_current_device
-    cuda.set_current_device = cuda._set_current_device
+    cuda = _without_torch()
     cuda.get_current_stream = paddle._C._cuda_getCurrentRawStream
     driver.set_active(cuda)
