@@ -79,13 +79,19 @@ class Model:
     rank: int = 16
     tokens: int = 8192
     vocabulary: int = 103_424
+    divided: bool = False  # rows come from other cards, which keep the routing weights
+
+    @property
+    def sources(self) -> int:
+        """Rows that those of the experts are read from."""
+        return self.rows if self.divided else self.tokens
 
 
 MODELS = (
     Model("21b", 2560, 1536, 64, 49_152, 20, 4),
     Model("vl28b-vision", 2560, 512, 64, 49_152, 20, 4),
     # Eight cards, eight of 64 experts each: as many rows arrive as leave.
-    Model("300b-ep8", 8192, 3584, 8, 65_536, 64, 8, chosen=8),
+    Model("300b-ep8", 8192, 3584, 8, 65_536, 64, 8, chosen=8, divided=True),
     Model("0.3b", 1024, 3072, 1, 8192, 16, 2, chosen=1),
 )
 BF16, FP32 = "bfloat16", "float32"
@@ -122,11 +128,13 @@ def product_calls(m: Model) -> Iterator[tuple[str, Callable[[], Any]]]:
             x, h = Outline([total, m.hidden], BF16), Outline([total, m.inner], BF16)
             rows, own = sorted_rows(m, total, True), sorted_rows(m, total)
             up = Term(gate, factor(m, total, m.inner, m.hidden, True))
-            yield f"gate+up {form} {word}", lambda x=x, rows=rows, up=up: products.gate_up(x, rows, up, up)
+            weight = None if m.divided else Outline([total], FP32)
+            run = lambda x=x, rows=rows, up=up, w=weight: products.gate_up(x, rows, up, up, w)  # noqa: E731
+            yield f"gate+up {form} {word}", run
             wide = Term(down, factor(m, total, m.hidden, m.inner, True))
             yield f"down {form} {word}", lambda h=h, own=own, wide=wide: products.grouped(h, own, [wide])
         back = Term(down, factor(m, m.rows, m.hidden, m.inner, False))
-        grad, both = Outline([m.tokens, m.hidden], BF16), Outline([m.rows, 2 * m.inner], BF16)
+        grad, both = Outline([m.sources, m.hidden], BF16), Outline([m.rows, 2 * m.inner], BF16)
         rows, own = sorted_rows(m, m.rows, True), sorted_rows(m, m.rows)
         run = lambda grad=grad, rows=rows, back=back: products.grouped(grad, rows, [back], forward=False)  # noqa: E731
         yield f"down back {form} train", run
@@ -139,12 +147,15 @@ def product_calls(m: Model) -> Iterator[tuple[str, Callable[[], Any]]]:
 def adapter_calls(m: Model) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The adapters' own products and gradients."""
     rows, own = sorted_rows(m, m.rows, True), sorted_rows(m, m.rows)
-    x, grads = Outline([m.tokens, m.hidden], BF16), Outline([m.rows, 2 * m.inner], BF16)
+    x, grads = Outline([m.sources, m.hidden], BF16), Outline([m.rows, 2 * m.inner], BF16)
     a, b = Outline([m.experts, m.rank, m.hidden], BF16), Outline([m.experts, m.inner, m.rank], BF16)
     low = Outline([m.rows, m.rank], BF16)
     yield "x A^T", lambda: products.narrow(x, rows, a, 0.5)
     yield "dy B", lambda: products.narrow(grads, own, b, 0.5, transposed=True, first=m.inner)
     yield "dA", lambda: products.outer(low, x, rows, m.hidden)
+    wide, short = Term(Stack(b)), Term(Stack(a))
+    yield "x A^T B^T", lambda: products.grouped(low, own, [wide])
+    yield "dy B A", lambda: products.grouped(low, own, [short], forward=False)
     yield "dB", lambda: products.outer(low, grads, own, m.inner, transposed=True, first=m.inner)
 
 
@@ -179,7 +190,12 @@ def other_calls(m: Model) -> Iterator[tuple[str, Callable[[], Any]]]:
         inverse = Outline([m.tokens * m.chosen], "int64")
         sent = Outline([m.tokens * m.chosen, m.hidden], BF16)
         yield "combine", lambda: permute.combine(sent, inverse, m.chosen)
-        weight = Outline([m.rows], FP32)
+        yield "combine, weighted", lambda: permute.combine(sent, inverse, m.chosen, weights)
+        yield "combine, weighted, back", lambda: permute.spread(x, sent, inverse, weights)
+        if m.divided:
+            yield "sort by 128 destinations", lambda: permute.sort_by_expert(chosen, 2 * all_experts)
+            yield "combine, one choice", lambda: permute.combine(sent, inverse, 1)
+        weight = None if m.divided else Outline([m.rows], FP32)
         yield "SwiGLU", lambda: activation.swiglu(halves, weight)
         grad = Outline([m.rows, m.inner], BF16)
         yield "SwiGLU back", lambda: activation.swiglu_backward(grad, halves, weight)

@@ -26,6 +26,7 @@ class Shapes:
     heads: int = 20
     groups: int = 4
     context: int = 8192
+    divided: bool = False  # the tokens are rows of one expert each that came from other cards
 
 
 SMALL = Shapes(24, 2, 4, 256, 128, 8, 600, 4, 2, 300)

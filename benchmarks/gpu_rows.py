@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,12 +21,17 @@ def shape_rows(sheet: Sheet, s: Shapes) -> None:
     layer = Layer.make(s)
     grad = random(s.tokens, s.hidden)
     truth = Truth.of(layer, grad)
-    where = f"{s.hidden} -> {s.inner}, {s.chosen} of {s.experts}"
+    where = f"{s.hidden} -> {s.inner}, " + ("divided" if s.divided else f"{s.chosen} of {s.experts}")
     pairs = s.tokens * s.chosen
     flops, low = 6.0 * pairs * s.hidden * s.inner, 6.0 * pairs * s.rank * (s.hidden + s.inner)
+    rows, inverse = layer.sorted()
 
     def forward() -> Any:
-        return experts.forward(layer.x, layer.weights, layer.chosen, *layer.trio)
+        if s.divided:  # the exchange knows the order, and the sender weighs
+            placement = experts.by_order(rows.counts, rows.source, inverse)
+            return experts.forward(layer.x, None, placement, *layer.trio)
+        placement = experts.by_choice(layer.chosen, s.experts)
+        return experts.forward(layer.x, layer.weights, placement, *layer.trio)
 
     sheet.add(f"layer forward, {where}", forward, lambda: (forward()[0], truth.y), flops=flops + low)
     saved = forward()[1]
@@ -35,7 +41,8 @@ def shape_rows(sheet: Sheet, s: Shapes) -> None:
 
     sheet.add(f"layer backward, {where}", backward, lambda: (backward().x, truth.x), flops=flops + 2 * low)
     found, again = backward(), backward()
-    sheet.add("  router gradient", [], lambda: (found.weights, truth.weights), 0.02)
+    if not s.divided:
+        sheet.add("  router gradient", [], lambda: (found.weights, truth.weights), 0.02)
     ours = [gradient for pair in found.adapters for gradient in pair]
     for name, mine, right in zip(("gate", "up", "down"), _pairs(ours), _pairs(truth.factors), strict=True):
         sheet.add(f"  dA, dB of {name}", [], lambda mine=mine, right=right: (mine, right), 0.02)
@@ -49,7 +56,8 @@ def _pairs(factors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _flat(found: experts.Gradients) -> torch.Tensor:
-    parts = [found.x.float(), found.weights, *(f for pair in found.adapters for f in pair)]
+    weights = [] if found.weights is None else [found.weights]
+    parts = [found.x.float(), *weights, *(f for pair in found.adapters for f in pair)]
     return torch.cat([part.reshape(-1) for part in parts])
 
 
@@ -79,12 +87,26 @@ def expert_rows(sheet: Sheet, s: Shapes) -> None:
     peer = _grouped_mm(h, d.stack.codes, rows)
     right = lambda: (down(), plain_lora(h, rows, d, d.a, d.b))  # noqa: E731
     sheet.add("down, LoRA", down, right, flops=flops + low, peer=peer)
-    back = lambda: products.grouped(h, own, [Term(layer.gate.stack)], forward=False)  # noqa: E731
-    turned = layer.gate.stack.codes.transpose(1, 2)
-    peer = _grouped_mm(h, turned, rows)
-    sheet.add("input gradient", back, lambda: (back(), plain(h, rows, turned)), flops=flops, peer=peer)
+    _gradient_row(sheet, layer, own, h, flops + low)
     shape_rows(sheet, s)
     _sorting_rows(sheet, layer, gathered, inverse)
+
+
+def _gradient_row(sheet: Sheet, layer: Layer, own: Rows, grad: torch.Tensor, flops: float) -> None:
+    gate = layer.gate
+
+    def back() -> torch.Tensor:
+        low = products.narrow(grad, own, gate.b, gate.scale, transposed=True)
+        return products.grouped(grad, own, [Term(gate.stack, Factor(low, gate.a))], forward=False)
+
+    turned = gate.stack.codes.transpose(1, 2)
+    right = lambda: (  # noqa: E731
+        back(),
+        plain(grad, own, turned)
+        + gate.scale * plain(plain(grad, own, gate.b.transpose(1, 2)), own, gate.a.transpose(1, 2)),
+    )
+    peer = _grouped_mm(grad, turned, own)
+    sheet.add("input gradient, LoRA", back, right, flops=flops, peer=peer)
 
 
 def _sorting_rows(sheet: Sheet, layer: Layer, gathered: torch.Tensor, inverse: torch.Tensor) -> None:
@@ -95,6 +117,13 @@ def _sorting_rows(sheet: Sheet, layer: Layer, gathered: torch.Tensor, inverse: t
     right = gathered.float()[inverse].reshape(-1, s.chosen, s.hidden).sum(1)
     moved = 2.0 * s.hidden * (inverse.numel() + layer.x.shape[0])
     sheet.add("combine", combine, lambda: (combine(), right), moved=moved)
+    leaf, weights = gathered.float().requires_grad_(), layer.weights.clone().requires_grad_()
+    wide = leaf[inverse].reshape(-1, s.chosen, s.hidden) * weights[..., None]
+    wide.sum(1).backward(layer.x.float())
+    back = lambda: permute.spread(layer.x, gathered, inverse, layer.weights)  # noqa: E731
+    moved = 2.0 * s.hidden * (2 * inverse.numel() + layer.x.shape[0])
+    sheet.add("combine, weighted, backward", back, lambda: (back()[0], leaf.grad), moved=moved)
+    sheet.add("  its weights", [], lambda: (back()[1], weights.grad))
 
 
 def _grouped_mm(x: torch.Tensor, stack: torch.Tensor, rows: Rows) -> tuple[str, Callable[[], Any]] | None:
@@ -177,9 +206,7 @@ def _memory_row(run: Callable[[], Any]) -> None:
     before = torch.cuda.memory_allocated()
     nll, grad = run()
     extra = (torch.cuda.max_memory_allocated() - before - nll.nbytes - grad.nbytes) / 2**20
-    Sheet.put(
-        Row("  its memory", rate=f"{extra:.0f} MiB beyond", wrong="" if extra <= 256 else "wrong: above 256")
-    )
+    Sheet.put(Row("  its memory", memory=extra))
 
 
 def _liger(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> Any:
@@ -248,8 +275,8 @@ def _swiglu_rows(sheet: Sheet, s: Shapes) -> None:
 
 def attention_rows(sheet: Sheet, s: Shapes) -> None:
     """Paged attention of one token a sequence, for the heads of 21B, 0.3B and 300B."""
-    kinds = [(s.heads, s.groups, batch) for batch in (1, 4, 16)] + [(16, 2, 4), (64, 8, 4)]
-    for heads, groups, batch in kinds:
+    kinds = [(s.heads, s.groups), (16, 2), (64, 8)]
+    for (heads, groups), batch in itertools.product(kinds, (1, 4, 16)):
         slots, moved = batch * s.context, 4.0 * batch * s.context * groups * 128
         calls = [_attention(heads, groups, batch, s.context, slots) for _ in range(turns(moved))]
         run, right = calls[0]

@@ -33,21 +33,29 @@ class Ceilings:
 
 @dataclass
 class Row:
-    """A line of the table. `wrong` says what is the matter with it, if anything is."""
+    """A line of the table. `wrong` says what is the matter with it, if anything is.
+
+    `share` is of a ceiling, `beside` how many times as fast as the peer, `memory` in MiB.
+    """
 
     name: str
     error: float | None = None
     milliseconds: float | None = None
     rate: str = ""
-    share: str = ""
+    share: float | None = None
+    beside: float | None = None
     peer: str = ""
+    memory: float | None = None
     wrong: str = ""
 
     def cells(self) -> tuple[str, ...]:
         """As printed."""
         error = "" if self.error is None else f"{self.error:.1e}"
         time = "" if self.milliseconds is None else f"{self.milliseconds:.4g}"
-        return self.name, error, time, self.rate, self.share, self.peer, self.wrong
+        rate = self.rate if self.memory is None else f"{self.memory:.0f} MiB"
+        share = "" if self.share is None else f"{self.share:.0%}"
+        peer = self.peer if self.beside is None else f"{self.beside:.2f} x {self.peer}"
+        return self.name, error, time, rate, share, peer, self.wrong
 
 
 @dataclass(frozen=True)
@@ -95,12 +103,24 @@ class Sheet:
 
     def _time(self, row: Row, runs: list[Run], flops: float, moved: float, peer: Any, fp8: bool) -> None:
         ceiling = (self.ceilings.fp8 if fp8 else self.ceilings.bf16) if flops else self.ceilings.copy
-        seconds, other = times(runs, peer[1] if peer else None)
+        runs_too, row.peer = _tried(peer) if peer else (None, "")
+        seconds, other = times(runs, runs_too)
         rate = (flops or moved) / seconds
         row.milliseconds = 1e3 * seconds
         row.rate = f"{rate / 1e12:.2f} {'TFLOP/s' if flops else 'TB/s'}" if rate else ""
-        row.share = f"{rate / ceiling:.0%}" if ceiling and rate else ""
-        row.peer = f"{other / seconds:.2f} x {peer[0]}" if peer and other else ""
+        row.share = rate / ceiling if ceiling and rate else None
+        row.beside = other / seconds if other else None
+
+
+def _tried(peer: tuple[str, Run]) -> tuple[Run | None, str]:
+    """A peer that works and its name, or none and what it said: it is no fault of the row's."""
+    name, run = peer
+    try:
+        run()
+        torch.cuda.synchronize()
+    except Exception as error:  # Another version's signature, a shape it refuses, a compiler's complaint.
+        return None, f"{name}: {type(error).__name__}"
+    return run, name
 
 
 def times(runs: list[Run], peer: Run | None = None) -> tuple[float, float | None]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import paddle
 import paddle.nn.functional as F
-from ernietune_kernels import ExpertFactors, grouped_linear, grouped_lora_linear, lora_linear
+from ernietune_kernels import ExpertFactors, grouped_lora_linear, grouped_low_rank, lora_linear
 from paddle import Tensor, nn
 
 from ernietune.models.layers import ExpertLinear, Linear, parameter
@@ -86,8 +86,7 @@ class LoRAExperts(_Adapter):
             return self.base(x, counts)
         a, b = self._factors(x)
         if self._apart:
-            narrow = grouped_linear(self._dropped(x), a, counts) * self.scale
-            return self.base(x, counts) + grouped_linear(narrow, b, counts)
+            return self.base(x, counts) + grouped_low_rank(self._dropped(x), a, b, self.scale, counts)
         return grouped_lora_linear(x, self.base.weight, a, b, self.scale, counts, self.base.views())
 
     def factors(self) -> ExpertFactors | None:

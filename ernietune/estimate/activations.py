@@ -143,6 +143,8 @@ def _pool(setup: Setup, path: str, name: str, tokens: float, index: int) -> Half
     if setup.gpu and setup.degrees.expert == 1:  # kernels read rows where they lie and keep no copy
         return Half(0.0, 0.0, 3 * inner + low_rank + routing, inner, wide, wide + 3 * inner)
     kept = 2 * wide + 3 * inner + low_rank + routing
+    if setup.gpu:  # of rows that travel, those that arrived and those that came back are kept
+        return Half(0.0, 0.0, kept, inner, wide, 3 * wide + 3 * inner)
     return Half(0.0, 0.0, kept, inner, wide, max(wide, 2 * inner, 2 * wide - inner))
 
 

@@ -10,6 +10,7 @@ from ernietune_kernels import (
     ExpertFactors,
     available_for_products,
     permute,
+    placed_experts,
     route,
     routed_experts,
     swiglu,
@@ -85,10 +86,18 @@ class ExpertPool(nn.Layer):
         rows, plan = permute(x_ND, experts, self.count)
         return unpermute(self.products(rows, plan.counts), weights, plan)
 
-    def products(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """Rows [N, D] sorted by expert, counts[e] of them for expert e, through those experts."""
-        inner = self.activation(self.gate_proj(rows, counts), self.up_proj(rows, counts))
-        return self.down_proj(inner, counts)
+    def products(self, rows: Tensor, counts: list[int], order: Tensor | None = None) -> Tensor:
+        """Rows [N, D] through one expert each, counts[e] of them through expert e, in the order they came in.
+
+        `order` int64 [N] lists them by expert; None: they stand so.
+        """
+        fused = self._fused(rows)
+        if fused:
+            return placed_experts(rows, counts, order, *fused, self.activation is swiglu)
+        placed = rows if order is None else paddle.gather(rows, order)
+        inner = self.activation(self.gate_proj(placed, counts), self.up_proj(placed, counts))
+        done = self.down_proj(inner, counts)
+        return done if order is None else paddle.gather(done, paddle.argsort(order))
 
     def _fused(self, x_ND: Tensor) -> list[ExpertFactors]:
         """The three projections for one fused operation where the device has it, else nothing."""

@@ -13,14 +13,10 @@ from ernietune_kernels.block_attention import (
     frame_attention,
 )
 from ernietune_kernels.cross_entropy import linear_cross_entropy
-from ernietune_kernels.fused import (
-    ExpertFactors,
-    available_for_products,
-    paged_attention,
-    routed_experts,
-)
+from ernietune_kernels.fused import available_for_products, paged_attention
+from ernietune_kernels.fused_experts import ExpertFactors, placed_experts, routed_experts
 from ernietune_kernels.grouped_gemm import grouped_linear
-from ernietune_kernels.lora import grouped_lora_linear, lora_linear
+from ernietune_kernels.lora import grouped_lora_linear, grouped_low_rank, lora_linear
 from ernietune_kernels.pointwise import apply_rope, quick_gelu, rms_norm, rotate, swiglu
 from ernietune_kernels.routing import Permutation, permute, route, unpermute
 
@@ -37,10 +33,12 @@ __all__ = [
     "frame_attention",
     "grouped_linear",
     "grouped_lora_linear",
+    "grouped_low_rank",
     "linear_cross_entropy",
     "lora_linear",
     "paged_attention",
     "permute",
+    "placed_experts",
     "quick_gelu",
     "rms_norm",
     "rotate",

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import paddle
@@ -18,7 +17,6 @@ from ernietune_kernels.gpu.runtime import usable as available
 from ernietune_kernels.quantized import QuantizedWeight
 
 __all__ = [
-    "ExpertFactors",
     "available",
     "available_for_products",
     "frozen_product",
@@ -27,21 +25,8 @@ __all__ = [
     "rms_norm",
     "rope",
     "route",
-    "routed_experts",
+    "stack_of",
 ]
-
-
-@dataclass(frozen=True)
-class ExpertFactors:
-    """A frozen stack [E, O, I] with the factors of its adapter, A [E, r, I] and B [E, O, r], or without.
-
-    The stack is a tensor, or has int8 or int4 codes.
-    """
-
-    weight: Tensor | QuantizedWeight
-    a: Tensor | None = None
-    b: Tensor | None = None
-    scale: float = 1.0
 
 
 def available_for_products(x: Tensor) -> bool:
@@ -127,55 +112,7 @@ def route(logits_NE: Tensor, bias_E: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return _Route.apply(logits_NE, bias_E, k)
 
 
-class _RoutedExperts(PyLayer):
-    """Factors come as tensors of their own so that autograd sees them; `layers` holds the frozen rest."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weights: Tensor,
-        experts: Tensor,
-        layers: tuple[ExpertFactors, ...],
-        keep_activation: bool,
-        *factors: Tensor,
-    ) -> Tensor:
-        from ernietune_kernels.gpu.experts import forward
-
-        ctx.projections = _projections(layers)
-        y, saved = forward(x, weights, experts, *ctx.projections, keep_activation)
-        # The large tensors go through autograd, where whoever saves memory can take hold of them.
-        wide = [saved.gate_up] if saved.h is None else [saved.gate_up, saved.h]
-        ctx.wide, ctx.rest = len(wide), replace(saved, x=None, gate_up=None, h=None)
-        ctx.save_for_backward(x, weights, *wide, *factors)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from ernietune_kernels.gpu.experts import backward
-
-        x, weights, *others = ctx.saved_tensor()
-        gate_up, *h = others[: ctx.wide]
-        factors = others[ctx.wide :]
-        saved = replace(ctx.rest, x=x, gate_up=gate_up, h=h[0] if h else None)
-        found = backward(grad, saved, *ctx.projections)
-        pairs = [gradient for pair in found.adapters if pair is not None for gradient in pair]
-        back = [None if f.stop_gradient else g.astype(f.dtype) for f, g in zip(factors, pairs, strict=True)]
-        return (
-            None if x.stop_gradient else found.x,
-            None if weights.stop_gradient else found.weights.astype(weights.dtype),
-            None,
-            *back,
-        )
-
-
-def _projections(layers: tuple[ExpertFactors, ...]) -> list[Any]:
-    from ernietune_kernels.gpu.experts import Projection
-
-    return [Projection(_stack(layer.weight), layer.a, layer.b, layer.scale) for layer in layers]
-
-
-def _stack(weight: Tensor | QuantizedWeight) -> Any:
+def stack_of(weight: Tensor | QuantizedWeight) -> Any:
     """A stack [E, O, I], or a matrix [O, I] as a stack of one, as the kernels read it."""
     from ernietune_kernels.gpu.stacks import Stack
 
@@ -193,12 +130,12 @@ def frozen_product(x: Tensor, weight: Any, counts: list[int] | None, forward: bo
     """Sorted rows times a frozen weight (`frozen`), without autograd; None where no kernel knows its form."""
     from ernietune_kernels.gpu import products
 
-    x, counts = x.contiguous(), [x.shape[0]] if counts is None else counts
+    counts = [x.shape[0]] if counts is None else counts
     if isinstance(weight, Fp8Weight) and has_fp8():
         return _fp8_product(x, weight, counts, forward)
     if isinstance(weight, QuantizedWeight):
         rows = products.Rows(x.shape[0], paddle.to_tensor(counts, "int32", place=x.place))
-        return products.grouped(x, rows, [products.Term(_stack(weight))], forward)
+        return products.grouped(x, rows, [products.Term(stack_of(weight))], forward)
     return None
 
 
@@ -216,24 +153,6 @@ def _fp8_product(x: Tensor, weight: Fp8Weight, counts: list[int], forward: bool)
 def _parts(weight: Fp8Weight) -> list[tuple[Tensor, Tensor]]:
     """Codes and scales of each matrix."""
     return [(matrix.codes, matrix.scale) for matrix in weight.matrices]
-
-
-def routed_experts(
-    x_TD: Tensor,
-    weights_Tk: Tensor,
-    experts_Tk: Tensor,
-    gate: ExpertFactors,
-    up: ExpertFactors,
-    down: ExpertFactors,
-    keep_activation: bool = True,
-) -> Tensor:
-    """Every token through its k experts (SwiGLU between gate-and-up and down), added by routing weight.
-
-    Without `keep_activation` the output of SwiGLU is not kept for the backward pass but formed again there.
-    """
-    layers = (gate, up, down)
-    factors = [factor for layer in layers for factor in (layer.a, layer.b) if factor is not None]
-    return _RoutedExperts.apply(x_TD, weights_Tk, experts_Tk, layers, keep_activation, *factors)
 
 
 class _LinearCrossEntropy(PyLayer):

@@ -11,6 +11,7 @@ from paddle import Tensor
 from paddle.autograd import PyLayer
 from paddle.utils import dlpack
 
+from ernietune_kernels import fused, fused_experts
 from ernietune_kernels.cpu import blas
 
 
@@ -91,4 +92,6 @@ def grouped_linear(
 
     `views` are the weight's `expert_views`, kept by the caller so that they are made once per weight.
     """
+    if weight_EOI.stop_gradient and fused.available_for_products(x_NI):
+        return fused_experts.grouped_linear(x_NI, weight_EOI, counts)
     return _GroupedLinear.apply(x_NI, weight_EOI, counts, views or expert_views(weight_EOI))

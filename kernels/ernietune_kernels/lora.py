@@ -13,9 +13,10 @@ import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
+from ernietune_kernels import fused, fused_experts
 from ernietune_kernels.cpu import lowrank
 from ernietune_kernels.cpu.library import Library
-from ernietune_kernels.grouped_gemm import expert_products, expert_views, row_blocks
+from ernietune_kernels.grouped_gemm import expert_products, expert_views, grouped_linear, row_blocks
 
 
 def _forward(x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -145,7 +146,17 @@ def grouped_lora_linear(
     views: list[Tensor] | None = None,
 ) -> Tensor:
     """The same for rows sorted by expert, counts[e] of them for expert e; `views` as in `grouped_linear`."""
+    if fused.available_for_products(x_NI):
+        low_rank = fused_experts.grouped_low_rank(x_NI, a_ErI, b_EOr, scale, counts)
+        return fused_experts.grouped_linear(x_NI, w_EOI, counts) + low_rank
     views, library = views or expert_views(w_EOI), lowrank.library_for(x_NI, a_ErI, b_EOr)
     if library is None:
         return _GroupedLoRALinear.apply(x_NI, w_EOI, a_ErI, b_EOr, scale, counts, views)
     return _CompiledLoRA.apply(x_NI, w_EOI, a_ErI, b_EOr, scale, counts, views, library)
+
+
+def grouped_low_rank(x_NI: Tensor, a_ErI: Tensor, b_EOr: Tensor, scale: float, counts: list[int]) -> Tensor:
+    """scale (x A^T) B^T alone, for rows sorted by expert whose base product is another operation's."""
+    if fused.available_for_products(x_NI):
+        return fused_experts.grouped_low_rank(x_NI, a_ErI, b_EOr, scale, counts)
+    return grouped_linear(grouped_linear(x_NI, a_ErI, counts) * scale, b_EOr, counts)

@@ -208,7 +208,7 @@ def test_forms_without_a_kernel_say_so(form: str) -> None:
 def test_fused_experts_read_codes(bits: int) -> None:
     """Gate, up and down in codes with adapters, through the fused operation, in the interpreter."""
     pytest.importorskip("triton")
-    from ernietune_kernels import fused, permute, swiglu, unpermute
+    from ernietune_kernels import fused_experts, permute, swiglu, unpermute
 
     leaves = [paddle.to_tensor(numbers(*shape, seed=s)) for s, shape in enumerate([(6, 64), (6, 2)])]
     experts = paddle.to_tensor(np.stack([np.random.default_rng(t).permutation(4)[:2] for t in range(6)]))
@@ -217,12 +217,12 @@ def test_fused_experts_read_codes(bits: int) -> None:
         weight = quantized.quantize(numbers(4, outputs, inputs, seed=seed), bits, 32)
         a, b = (paddle.to_tensor(numbers(4, *s, seed=9)) for s in ((3, inputs), (outputs, 3)))
         leaves += [a, b]
-        layers.append(fused.ExpertFactors(weight, a, b, 0.5))
+        layers.append(fused_experts.ExpertFactors(weight, a, b, 0.5))
     for leaf in leaves:
         leaf.stop_gradient = False
     x, weights = leaves[:2]
 
-    def apart(rows: paddle.Tensor, part: fused.ExpertFactors, counts: list[int]) -> paddle.Tensor:
+    def apart(rows: paddle.Tensor, part: fused_experts.ExpertFactors, counts: list[int]) -> paddle.Tensor:
         from ernietune_kernels import grouped_linear
 
         narrow = grouped_linear(rows, part.a, counts) * part.scale
@@ -231,7 +231,7 @@ def test_fused_experts_read_codes(bits: int) -> None:
     found = []
     for fusing in (True, False):
         if fusing:
-            y = fused.routed_experts(x, weights, experts, *layers)
+            y = fused_experts.routed_experts(x, weights, experts, *layers)
         else:
             rows, plan = permute(x, experts, 4)
             inner = swiglu(*(apart(rows, part, plan.counts) for part in layers[:2]))

@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 import ernietune_kernels as kernels
 import numpy as np
 import paddle
-from ernietune_kernels import fused
-from ernietune_kernels.fused import ExpertFactors
+from ernietune_kernels import fused, fused_experts
+from ernietune_kernels.fused_experts import ExpertFactors
 from paddle import Tensor
 
 
@@ -108,8 +108,104 @@ def test_routed_experts(adapted: str) -> None:
     for keep_activation in (True, False):
         rows, plan = kernels.permute(x, experts, count)
         plain = kernels.unpermute(down(kernels.swiglu(gate(rows), up(rows))), weights, plan)
-        mine = fused.routed_experts(x, weights, experts, *layers, keep_activation=keep_activation)
+        mine = fused_experts.routed_experts(x, weights, experts, *layers, keep_activation=keep_activation)
         same_gradients(mine, plain, leaves)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("counts", [[0, 4, 0, 1, 20], [0, 0, 3, 0, 0], [2, 1, 1, 2, 1], [0] * 5], ids=str)
+def test_rows_of_one_expert_each_come_back_as_they_stood(counts: list[int], adapted: bool) -> None:
+    """What arrives from other processes: in the order of the senders, or sorted already; unweighted."""
+    total, width, inner, rank = sum(counts), 16, 24, 3
+    rows = leaf(total, width)
+    layers, leaves = [], [rows]
+    for seed, (outputs, inputs) in enumerate([(inner, width), (inner, width), (width, inner)]):
+        factors = [leaf(5, rank, inputs, seed=seed), leaf(5, outputs, rank, seed=seed)] if adapted else []
+        leaves += factors
+        layers.append(ExpertFactors(leaf(5, outputs, inputs, seed=seed, frozen=True), *factors, scale=0.5))
+
+    def plain(placed: Tensor) -> Tensor:
+        def through(x: Tensor, part: ExpertFactors) -> Tensor:
+            if part.a is None:
+                return kernels.grouped_linear(x, part.weight, counts)
+            return kernels.grouped_lora_linear(x, part.weight, part.a, part.b, part.scale, counts)
+
+        gate, up, down = layers
+        return through(kernels.swiglu(through(placed, gate), through(placed, up)), down)
+
+    order = np.random.default_rng(1).permutation(total)
+    for keep_activation in (True, False):
+        mine = kernels.placed_experts(rows, counts, None, *layers, keep_activation)
+        assert mine.shape == [total, width]
+        if total:
+            same_gradients(mine, plain(rows), leaves)
+            placed = paddle.gather(plain(paddle.gather(rows, paddle.to_tensor(order))), _inverse(order))
+            mixed = kernels.placed_experts(rows, counts, paddle.to_tensor(order), *layers, keep_activation)
+            same_gradients(mixed, placed, leaves)
+
+
+def _inverse(order: np.ndarray) -> Tensor:
+    return paddle.to_tensor(np.argsort(order))
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_rows_go_to_their_experts_and_back(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Permute and unpermute as a GPU has them, with the same plan and gradients."""
+    x, weights = leaf(tokens, 24), leaf(tokens, 3, seed=1)
+    rng = np.random.default_rng(0)
+    experts = paddle.to_tensor(np.stack([rng.permutation(6)[:3] for _ in range(tokens)]))
+
+    def through() -> tuple[Tensor, kernels.Permutation]:
+        rows, plan = kernels.permute(x, experts, 6)
+        return kernels.unpermute(rows * rows, weights, plan), plan
+
+    plain, expected = through()
+    with monkeypatch.context() as patched:
+        patched.setattr(fused, "available", lambda tensor: True)
+        mine, plan = through()
+    assert plan.counts == expected.counts
+    assert (plan.order == expected.order).all()
+    assert (plan.inverse == expected.inverse).all()
+    same_gradients(mine, plain, [x, weights])
+
+
+@pytest.mark.parametrize("counts", [[0, 4, 0, 20], [0, 0, 0, 0]], ids=str)
+def test_products_beside_a_base_of_another_kind(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under dropout, and with FP8 and NF4 bases: a frozen stack's product, the adapter's, and both."""
+    x, a, b = leaf(sum(counts), 24), leaf(4, 3, 24, seed=1), leaf(4, 40, 3, seed=2)
+    stack = leaf(4, 40, 24, seed=3, frozen=True)
+
+    def products() -> tuple[Tensor, ...]:
+        return (
+            kernels.grouped_linear(x, stack, counts),
+            kernels.grouped_low_rank(x, a, b, 0.5, counts),
+            kernels.grouped_lora_linear(x, stack, a, b, 0.5, counts),
+        )
+
+    plain = products()
+    with monkeypatch.context() as patched:
+        patched.setattr(fused, "available_for_products", lambda tensor: True)
+        mine = products()
+    assert [t.shape for t in mine] == [t.shape for t in plain] == [[sum(counts), 40]] * 3
+    if sum(counts):
+        same_gradients(mine[0], plain[0], [x])
+        same_gradients(mine[1], plain[1], [x, a, b])
+        same_gradients(mine[2], plain[2], [x, a, b])
+
+
+def test_a_tokens_gradients_are_added_in_fp32() -> None:
+    """Eight gradients of a token, 256 and seven ones: in bfloat16 a one is lost against 256."""
+    x = paddle.zeros([1, 4], "bfloat16")
+    x.stop_gradient = False
+    experts = paddle.arange(8).reshape([1, 8])
+    order, inverse, counts = fused_experts.sort_by_expert(experts, 8)
+    assert counts.tolist() == [1] * 8
+    rows = fused_experts.rows_by_expert(x, order, inverse, 8)
+    outer = paddle.ones([8, 4], "float32")
+    outer[0] = 256.0
+    rows.backward(outer.astype("bfloat16"))
+    # 263 lies between 262 and 264, the next numbers of bfloat16.
+    assert (x.grad.astype("float32") >= 262).all()
 
 
 def test_a_cpu_tensor_takes_the_plain_path() -> None:

@@ -109,6 +109,20 @@ def test_a_dense_layer_is_one_expert_and_few_rows_stream() -> None:
     )
 
 
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_32_rows_stream_the_stacks(bits: int) -> None:
+    """Decoding's largest batch: an expert has more rows than a tile, another none."""
+    counts, x = [20, 0, 12], random(32, 64)
+    rows = Rows(32, int32(counts))
+    assert rows.total <= products.FEW_ROWS * rows.experts
+    (gate, first), (up, second) = (stored(bits, (3, 40, 64), seed=s) for s in (1, 2))
+    close(products.grouped(x, rows, [Term(gate)]), reference.grouped_linear(x, first, counts))
+    halves, h = products.gate_up(x, rows, Term(gate), Term(up))
+    truths = [reference.grouped_linear(x, values, counts) for values in (first, second)]
+    close(halves, paddle.concat(truths, 1))
+    close(h, reference.swiglu(*truths), 1e-5)
+
+
 def test_factor_gradients_sum_over_the_rows_of_an_expert() -> None:
     counts = [0, 3, 30, 0]
     rows, narrow, x = Rows(33, int32(counts)), random(33, 3), random(33, 50, seed=1)
@@ -196,7 +210,8 @@ def test_the_expert_layer_and_every_gradient(
     projections = [
         experts.Projection(Stack(layer[0]), *(f.detach() for f in layer[1:]), scale=0.5) for layer in layers
     ]
-    y, saved = experts.forward(x.detach(), weights.detach(), chosen, *projections)
+    placement = experts.by_choice(chosen, count)
+    y, saved = experts.forward(x.detach(), weights.detach(), placement, *projections)
     again = experts.backward(outer, replace(saved, h=None), *projections)
     found = experts.backward(outer, saved, *projections)
     assert (again.x == found.x).all()
@@ -218,7 +233,7 @@ def test_a_projection_without_a_is_one_without_adapter() -> None:
         experts.forward(
             random(1, 8),
             random(1, 1),
-            paddle.zeros([1, 1], "int64"),
+            experts.by_choice(paddle.zeros([1, 1], "int64"), 2),
             adapted,
             replace(adapted, a=None),
             adapted,

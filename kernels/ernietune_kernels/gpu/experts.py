@@ -1,7 +1,8 @@
-"""The routed experts of one modality with their adapters: forward and backward, without weight gradients.
+"""The experts of one modality with their adapters: forward and backward, without weight gradients.
 
 x is never copied per choice: the kernels read a row's token where it lies. The routing weight goes in between
-SwiGLU and the down projection (see `activation`), so that a row's own output is needed by nobody.
+SwiGLU and the down projection (see `activation`), so that a row's own output is needed by nobody. Rows that
+came from another process have no weight: their sender applies it.
 """
 
 from __future__ import annotations
@@ -26,15 +27,49 @@ class Projection:
 
 
 @dataclass(frozen=True)
-class Saved:
-    """What the backward pass reads: inputs, the sorting, [gate | up], h, and the rows' low-rank products."""
+class Placement:
+    """Where the rows of a call stand once they are in expert order.
 
-    x: Tensor
-    row_weight: Tensor
-    inverse: Tensor
+    `gathered` reads x and dy where they lie, `sorted` what is in expert order. `order` int64 [N] lists the
+    rows (of tokens: the pairs of token and choice) in expert order, `inverse` where each went; without both
+    the rows lie in expert order and stay there.
+    """
+
     gathered: Rows
     sorted: Rows
-    choices: int
+    choices: int = 1
+    order: Tensor | None = None
+    inverse: Tensor | None = None
+
+
+def by_choice(experts_Tk: Tensor, experts: int) -> Placement:
+    """Tokens that go to k experts each, sorted on the device."""
+    choices = experts_Tk.shape[1]
+    order, inverse, counts = sort_by_expert(experts_Tk, experts)
+    total = order.shape[0]
+    gathered = Rows(total, counts, order // choices)
+    return Placement(gathered, Rows(total, counts), choices, order, inverse)
+
+
+def by_order(counts_E: Tensor, order_N: Tensor, inverse_N: Tensor) -> Placement:
+    """Rows of one expert each, whose order and counts (int32) are known."""
+    total = order_N.shape[0]
+    return Placement(Rows(total, counts_E, order_N), Rows(total, counts_E), 1, order_N, inverse_N)
+
+
+def in_order(total: int, counts_E: Tensor) -> Placement:
+    """Rows that lie in expert order."""
+    rows = Rows(total, counts_E)
+    return Placement(rows, rows)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What the backward pass reads: inputs, placement, [gate | up], h, and the rows' low-rank products."""
+
+    x: Tensor
+    row_weight: Tensor | None
+    placement: Placement
     gate_up: Tensor
     h: Tensor | None  # None: formed again from gate_up, to the same bits
     narrow: tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -42,67 +77,73 @@ class Saved:
 
 @dataclass(frozen=True)
 class Gradients:
-    """dx [T, D], d weights fp32 [T, k], and (dA, dB) fp32 of gate, up and down, None without an adapter."""
+    """dx as x, d weights fp32 [T, k] where there are any, and (dA, dB) fp32 of gate, up and down, None
+    without an adapter.
+    """
 
     x: Tensor
-    weights: Tensor
+    weights: Tensor | None
     adapters: tuple[tuple[Tensor, Tensor] | None, ...]
 
 
 def forward(
-    x_TD: Tensor,
-    weights_Tk: Tensor,
-    experts_Tk: Tensor,
+    x: Tensor,
+    weights_Tk: Tensor | None,
+    placement: Placement,
     gate: Projection,
     up: Projection,
     down: Projection,
     keep_activation: bool = True,
 ) -> tuple[Tensor, Saved]:
-    """Every token through its k experts, added by routing weight, and what `backward` needs.
+    """Every row of x through its experts, added by routing weight (None: 1), and what `backward` needs.
 
     gate and up have adapters of one rank, or neither has. Without `keep_activation` the product of gate and
     up is formed again in the backward pass.
     """
     assert (gate.a is None) == (up.a is None)
-    choices, experts = experts_Tk.shape[1], gate.stack.shape[0]
-    order, inverse, counts = sort_by_expert(experts_Tk, experts)
-    gathered = Rows(order.shape[0], counts, order // choices)
-    in_order = Rows(order.shape[0], counts)
-    row_weight = take(weights_Tk.reshape([-1]), order)
-    narrow_gate, narrow_up = _narrow(x_TD, gathered, gate), _narrow(x_TD, gathered, up)
-    halves, h = gate_up(x_TD, gathered, _term(gate, narrow_gate), _term(up, narrow_up), row_weight)
-    narrow_down = _narrow(h, in_order, down)
-    rows = grouped(h, in_order, [_term(down, narrow_down)])
-    y = combine(rows, inverse, choices)
+    gathered, in_place = placement.gathered, placement.sorted
+    row_weight = None if weights_Tk is None else take(weights_Tk.reshape([-1]), placement.order)
+    narrow_gate, narrow_up = _narrow(x, gathered, gate), _narrow(x, gathered, up)
+    halves, h = gate_up(x, gathered, _term(gate, narrow_gate), _term(up, narrow_up), row_weight)
+    narrow_down = _narrow(h, in_place, down)
+    y = _home(grouped(h, in_place, [_term(down, narrow_down)]), placement)
     products = (narrow_gate, narrow_up, narrow_down)
-    kept = h if keep_activation else None
-    return y, Saved(x_TD, row_weight, inverse, gathered, in_order, choices, halves, kept, products)
+    return y, Saved(x, row_weight, placement, halves, h if keep_activation else None, products)
 
 
-def backward(grad_TD: Tensor, saved: Saved, gate: Projection, up: Projection, down: Projection) -> Gradients:
+def backward(grad: Tensor, saved: Saved, gate: Projection, up: Projection, down: Projection) -> Gradients:
     """All gradients of `forward` but the stacks'."""
+    gathered, in_place = saved.placement.gathered, saved.placement.sorted
     h = swiglu(saved.gate_up, saved.row_weight) if saved.h is None else saved.h
     width = h.shape[1]
-    back_down = _narrow_back(grad_TD, saved.gathered, down)
-    grad_h = grouped(grad_TD, saved.gathered, [_term_back(down, back_down)], forward=False)
+    back_down = _narrow_back(grad, gathered, down)
+    grad_h = grouped(grad, gathered, [_term_back(down, back_down)], forward=False)
     grad_halves, grad_row_weight = swiglu_backward(grad_h, saved.gate_up, saved.row_weight)
-    back_gate = _narrow_back(grad_halves, saved.sorted, gate)
-    back_up = _narrow_back(grad_halves, saved.sorted, up, first=width)
+    back_gate = _narrow_back(grad_halves, in_place, gate)
+    back_up = _narrow_back(grad_halves, in_place, up, first=width)
     terms = [_term_back(gate, back_gate), _term_back(up, back_up, first=width)]
-    grad_rows = grouped(grad_halves, saved.sorted, terms, forward=False)
-    grad_x = combine(grad_rows, saved.inverse, saved.choices)
-    grad_weights = take(grad_row_weight, saved.inverse).reshape([-1, saved.choices])
+    grad_x = _home(grouped(grad_halves, in_place, terms, forward=False), saved.placement)
     narrow_gate, narrow_up, narrow_down = saved.narrow
+    of_x = (saved.x, gathered)
     adapters = (
-        _factor_gradients(
-            gate, (back_gate, saved.x, saved.gathered), (narrow_gate, grad_halves, saved.sorted)
-        ),
-        _factor_gradients(
-            up, (back_up, saved.x, saved.gathered), (narrow_up, grad_halves, saved.sorted), first=width
-        ),
-        _factor_gradients(down, (back_down, h, saved.sorted), (narrow_down, grad_TD, saved.gathered)),
+        _factor_gradients(gate, (back_gate, *of_x), (narrow_gate, grad_halves, in_place)),
+        _factor_gradients(up, (back_up, *of_x), (narrow_up, grad_halves, in_place), first=width),
+        _factor_gradients(down, (back_down, h, in_place), (narrow_down, grad, gathered)),
     )
-    return Gradients(grad_x, grad_weights, adapters)
+    return Gradients(grad_x, _weights_home(grad_row_weight, saved.placement), adapters)
+
+
+def _home(rows: Tensor, placement: Placement) -> Tensor:
+    """Rows in expert order back where they came from, those of one token added."""
+    if placement.inverse is None:
+        return rows
+    return combine(rows, placement.inverse, placement.choices)
+
+
+def _weights_home(grad_N: Tensor | None, placement: Placement) -> Tensor | None:
+    if grad_N is None:
+        return None
+    return take(grad_N, placement.inverse).reshape([-1, placement.choices])
 
 
 def _narrow(x: Tensor, rows: Rows, layer: Projection) -> Tensor | None:

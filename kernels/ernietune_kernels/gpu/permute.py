@@ -114,6 +114,26 @@ def combine_kernel(rows, inverse, weights, y, k, width, WEIGHTED: tl.constexpr, 
     tl.store(y + token * width + column, total.to(y.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def spread_kernel(grad, rows, inverse, weights, grad_rows, grad_weights, k, width, BLOCK: tl.constexpr):
+    """The way back of a weighted combine: a token's gradient times the weight to each of its rows, and its
+    product with the row to the weight. One program a pair, so that the sum has one order.
+    """
+    pair = tl.program_id(0).to(tl.int64)
+    place = tl.load(inverse + pair)
+    weight = tl.load(weights + pair)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < width
+        outer = tl.load(grad + pair // k * width + column, mask=inside, other=0.0).to(tl.float32)
+        total += outer * tl.load(rows + place * width + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(
+            grad_rows + place * width + column, (outer * weight).to(grad_rows.dtype.element_ty), mask=inside
+        )
+    tl.store(grad_weights + pair, tl.sum(total, 0))
+
+
 SORT_BLOCK = 256
 OFFSET_BLOCKS = 64
 COMBINE_BLOCK = 1024
@@ -160,3 +180,14 @@ def combine(rows: Tensor, inverse: Tensor, k: int, weights_Nk: Tensor | None = N
     weights = weights_Nk if weighted else y
     launch(combine_kernel, grid, rows, inverse, weights, y, k, width, WEIGHTED=weighted, BLOCK=COMBINE_BLOCK)
     return y
+
+
+def spread(grad_TD: Tensor, rows: Tensor, inverse: Tensor, weights_Tk: Tensor) -> tuple[Tensor, Tensor]:
+    """(gradient of the rows [T k, D], of the fp32 weights [T, k]) by that of a weighted `combine`."""
+    tokens, k = weights_Tk.shape
+    width = grad_TD.shape[1]
+    grad_rows = empty([tokens * k, width], dtype_name(rows), rows)
+    grad_weights = empty([tokens, k], "float32", rows)
+    operands = (grad_TD, rows, inverse, weights_Tk, grad_rows, grad_weights)
+    launch(spread_kernel, [tokens * k], *operands, k, width, BLOCK=COMBINE_BLOCK)
+    return grad_rows, grad_weights

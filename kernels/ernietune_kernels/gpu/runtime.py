@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from .tensors import Tensor, is_tensor, is_torch, on_gpu
+from .tensors import Tensor, contiguous, is_tensor, is_torch, on_gpu
 
 # A100, H100 and H200, B200 and B300: the tiles are made for their shared memory, which other cards have not.
 CAPABILITIES = (80, 90, 100, 103)
@@ -66,10 +66,12 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **constants: Any) 
     """Run `kernel` on a grid of one to three sizes; nothing happens when one of them is 0.
 
     Tensors among the arguments are all Paddle's or all torch's; constants are the kernel's constexprs and
-    Triton's own (num_warps, num_stages).
+    Triton's own (num_warps, num_stages). Kernels write into whole tensors of their caller's making; what they
+    read may be a view with strides of its own, as autograd hands them out on a GPU, and is copied then.
     """
     if not all(grid):
         return
+    arguments = tuple(contiguous(a) if is_tensor(a) else a for a in arguments)
     paddles = any(is_tensor(a) and not is_torch(a) for a in arguments)
     if paddles and interpreted():
         arguments = tuple(_Storage(a) if is_tensor(a) else a for a in arguments)
@@ -119,13 +121,22 @@ class _Storage:
 
 @functools.cache
 def _cuda_driver() -> Any:
-    """Triton's CUDA driver, asked for device and stream through Paddle when torch is not loaded for a GPU."""
+    """Triton's CUDA driver as it is, or one that asks no torch where a torch without CUDA is loaded."""
     from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime import driver
 
-    if CudaDriver.is_active():
-        return driver.active
-    return CudaDriver()
+    return driver.active if CudaDriver.is_active() else _without_torch()
+
+
+def _without_torch() -> Any:
+    """A driver that asks CUDA itself: Triton's own asks torch in every process that has loaded one."""
+    from triton.backends.nvidia.driver import CudaDriver
+
+    cuda = CudaDriver()
+    cuda.get_device_capability = cuda._get_device_capability
+    cuda.get_current_device = cuda._get_current_device
+    cuda.set_current_device = cuda._set_current_device
+    return cuda
 
 
 @functools.cache
@@ -135,12 +146,8 @@ def _activate_paddle() -> None:
     Needs Triton 3.8 or later, the first that asks no torch for a launch. Not run yet: see docs/hardware.md.
     """
     import paddle
-    from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime import driver
 
-    cuda = CudaDriver()
-    cuda.get_device_capability = cuda._get_device_capability
-    cuda.get_current_device = cuda._get_current_device
-    cuda.set_current_device = cuda._set_current_device
+    cuda = _without_torch()
     cuda.get_current_stream = paddle._C._cuda_getCurrentRawStream
     driver.set_active(cuda)

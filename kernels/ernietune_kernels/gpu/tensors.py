@@ -1,4 +1,4 @@
-"""The few things the launch code asks of a tensor, Paddle's or torch's. All tensors are contiguous."""
+"""The few things the launch code asks of a tensor, Paddle's or torch's."""
 
 from __future__ import annotations
 
@@ -48,6 +48,11 @@ def on_gpu(tensor: Tensor) -> bool:
 def is_tensor(value: Any) -> bool:
     """Whether a kernel argument is a tensor rather than a number or nothing."""
     return not (value is None or isinstance(value, (int, float)))
+
+
+def contiguous(tensor: Tensor) -> Tensor:
+    """The tensor itself where its values lie in order, else a copy whose values do."""
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def matmul(x: Tensor, y: Tensor, transpose_x: bool = False) -> Tensor:
