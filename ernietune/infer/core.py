@@ -94,17 +94,17 @@ class Core:
         chunks = sorted(self.scheduler.schedule(), key=_adapter_number)
         if not chunks:
             return
-        hidden = self.runner.forward(chunks)
-        self._steps += 1
-        for chunk in chunks:
-            self.scheduler.advance(chunk.sequence, chunk.stop - chunk.drafted)
         ends = np.cumsum([chunk.tokens for chunk in chunks]).tolist()
-        for chunk, end in zip(chunks, ends, strict=True):
-            self._score(chunk, end - chunk.tokens, hidden)
         complete = [(chunk, end) for chunk, end in zip(chunks, ends, strict=True) if chunk.complete]
+        wanted = [row for chunk, end in complete for row in range(end - 1 - chunk.drafted, end)]
+        scoring = any(chunk.sequence.generation.unscored_from is not None for chunk in chunks)
+        hidden = self.runner.forward(chunks, None if scoring else wanted or [0])
+        self._steps += 1
+        for chunk, end in zip(chunks, ends, strict=True):
+            self.scheduler.advance(chunk.sequence, chunk.stop - chunk.drafted)
+            self._score(chunk, end - chunk.tokens, hidden)
         if complete:
-            wanted = [row for chunk, end in complete for row in range(end - 1 - chunk.drafted, end)]
-            rows = iter(self.runner.logits(hidden, wanted))
+            rows = iter(self.runner.logits(hidden, wanted if scoring else range(len(wanted))))
             for chunk, _ in complete:
                 self._answer(chunk, [next(rows) for _ in range(1 + chunk.drafted)])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence as Items
+from dataclasses import replace
 
 import numpy as np
 import paddle
@@ -37,10 +38,10 @@ class Runner:
         self._vision_ids = np.array(config.vision_token_ids if config.is_vl else (), np.int64)
         self._fused = FusedDecoder.of(model, cache.host)
 
-    def forward(self, chunks: Items[Chunk]) -> Tensor:
-        """Hidden states [T, H] of the chunks' tokens, whose keys and values are in the cache afterwards.
+    def forward(self, chunks: Items[Chunk], wanted: Items[int] | None = None) -> Tensor:
+        """Hidden states of the chunks' tokens, whose keys and values are in the cache afterwards.
 
-        Chunks that use the same adapter stand together.
+        [T, H], or [N, H] of the wanted ones, at least one. Chunks that use the same adapter stand together.
         """
         ids = np.concatenate([c.sequence.ids[c.start : c.stop] for c in chunks])
         positions = np.concatenate([c.sequence.positions[c.start : c.stop] for c in chunks])
@@ -48,7 +49,8 @@ class Runner:
         spans, fused = self._spans(chunks), self._fused
         with paddle.no_grad():
             if fused is not None and _bare_text(chunks, is_vision) and fused.suits(spans):
-                return fused.forward(ids, positions, spans)
+                hidden = fused.forward(ids, positions, spans)
+                return hidden if wanted is None else _rows_of(hidden, wanted)
             features, rows = self._picture_features(chunks)
             inputs = Inputs(
                 ids=paddle.to_tensor(ids),
@@ -57,14 +59,19 @@ class Runner:
                 features=features,
                 feature_rows=rows,
             )
+            step = self._cache.step(spans)
+            if (
+                wanted is not None and wanted and _bare(chunks)
+            ):  # the rows of adapters are counted in all layers
+                return self._model(replace(inputs, wanted_rows=_places(wanted)), step)
             with self._adapters.rows([(c.sequence.adapter, c.tokens) for c in chunks], is_vision):
-                return self._model(inputs, self._cache.step(spans))
+                hidden = self._model(inputs, step)
+            return hidden if wanted is None else _rows_of(hidden, wanted)
 
     def logits(self, hidden_TH: Tensor, rows: Items[int]) -> NDArray[np.float32]:
         """The logits [len(rows), V] behind these rows of the hidden states."""
         with paddle.no_grad():
-            chosen = paddle.gather(hidden_TH, paddle.to_tensor(np.array(rows, np.int64)))
-            logits: NDArray[np.float32] = self._model.logits(chosen).numpy()
+            logits: NDArray[np.float32] = self._model.logits(_rows_of(hidden_TH, rows)).numpy()
         return logits
 
     def _spans(self, chunks: Items[Chunk]) -> list[Span]:
@@ -91,10 +98,22 @@ class Runner:
         return paddle.concat(features), paddle.to_tensor(np.concatenate(rows))
 
 
+def _places(rows: Items[int]) -> Tensor:
+    return paddle.to_tensor(np.array(rows, np.int64))
+
+
+def _rows_of(hidden_TH: Tensor, rows: Items[int]) -> Tensor:
+    return paddle.gather(hidden_TH, _places(rows))
+
+
+def _bare(chunks: Items[Chunk]) -> bool:
+    """No adapter anywhere."""
+    return all(chunk.sequence.adapter is None for chunk in chunks)
+
+
 def _bare_text(chunks: Items[Chunk], is_vision: NDArray[np.bool_] | None) -> bool:
     """No adapter, and no tokens for other experts than those of text."""
-    bare = all(chunk.sequence.adapter is None for chunk in chunks)
-    return bare and (is_vision is None or not is_vision.any())
+    return _bare(chunks) and (is_vision is None or not is_vision.any())
 
 
 class FeatureCache:

@@ -24,7 +24,8 @@ class Inputs:
     not see key j (None: all T tokens are one document); is_vision bool [T], required by vision-language
     models; patches float [P, 588] normalised, and one grid (frames, rows, columns) per picture, in the order
     of their tokens. Instead of patches and grids, features [F, H] that `picture_features` gave, for the
-    tokens at feature_rows [F].
+    tokens at feature_rows [F]. wanted_rows int64 [N], the tokens whose hidden states are asked for (None:
+    all of them).
     """
 
     ids: Tensor
@@ -35,6 +36,15 @@ class Inputs:
     grids: tuple[Grid, ...] = ()
     features: Tensor | None = None
     feature_rows: Tensor | None = None
+    wanted_rows: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Rows [N] of the T tokens, with their modalities, whose hidden states alone are asked for."""
+
+    rows: Tensor
+    split: ModalitySplit | None
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,7 @@ class Shared:
     sin: Tensor
     plan: AttentionPlan | None
     split: ModalitySplit | None
+    wanted: Wanted | None = None
 
 
 class DecoderLayer(nn.Layer):
@@ -59,10 +70,16 @@ class DecoderLayer(nn.Layer):
         inner = config.intermediate_size
         self.mlp = MoE(config, dtype) if self.is_moe else SwiGLU(config.hidden_size, inner, dtype)
 
-    def forward(self, x: Tensor, shared: Shared, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, shared: Shared, cache: Cache | None = None, wanted: Wanted | None = None
+    ) -> Tensor:
+        """x [T, H] -> [T, H], or of the wanted rows alone: behind its attention a row needs no other."""
         x = x + self.self_attn(self.input_layernorm(x), shared.cos, shared.sin, shared.plan, cache)
+        split = shared.split
+        if wanted is not None:
+            x, split = paddle.gather(x, wanted.rows), wanted.split
         normed = self.post_attention_layernorm(x)
-        return x + (self.mlp(normed, shared.split) if self.is_moe else self.mlp(normed))
+        return x + (self.mlp(normed, split) if self.is_moe else self.mlp(normed))
 
 
 class Decoder(nn.Layer):
@@ -76,9 +93,13 @@ class Decoder(nn.Layer):
         self.resampler_model = Resampler(config, config.vision, dtype) if config.vision else None
 
     def forward(self, x: Tensor, shared: Shared, cache: Cache | None = None) -> Tensor:
-        for layer in self.layers:
+        if shared.wanted is None:
+            for layer in self.layers:
+                x = layer(x, shared, cache)
+            return self.norm(x)
+        for layer in self.layers[:-1]:
             x = layer(x, shared, cache)
-        return self.norm(x)
+        return self.norm(self.layers[-1](x, shared, cache, shared.wanted))
 
 
 class CausalLM(nn.Layer):
@@ -104,7 +125,7 @@ class CausalLM(nn.Layer):
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(self, inputs: Inputs, cache: Cache | None = None) -> Tensor:
-        """Hidden states [T, H] after the final norm."""
+        """Hidden states [T, H] after the final norm, or [N, H] of the wanted rows."""
         return self.model(self.embed(inputs), self.shared(inputs, cache), cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -140,4 +161,11 @@ class CausalLM(nn.Layer):
         tokens = inputs.ids.shape[0]
         plan = causal_plan(tokens, tokens, inputs.visible_until) if cache is None else None
         split = ModalitySplit.of(inputs.is_vision) if self.config.is_vl else None
-        return Shared(cos, sin, plan, split)
+        return Shared(cos, sin, plan, split, self._wanted(inputs))
+
+    def _wanted(self, inputs: Inputs) -> Wanted | None:
+        rows = inputs.wanted_rows
+        if rows is None:
+            return None
+        is_vision = None if inputs.is_vision is None else paddle.gather(inputs.is_vision, rows)
+        return Wanted(rows, ModalitySplit.of(is_vision) if self.config.is_vl else None)
