@@ -102,7 +102,11 @@ class ScriptedModel:
             if span.first == 0:
                 self._prompts[span.slots[0]] = span.length
             steps += [float(span.length - self._prompts[span.slots[0]])] * (span.stop - span.start)
-        return paddle.to_tensor(steps).reshape([-1, 1])
+        return self.asked_for(inputs, paddle.to_tensor(steps).reshape([-1, 1]))
+
+    def asked_for(self, inputs, hidden):
+        rows = inputs.wanted_rows
+        return hidden if rows is None else paddle.gather(hidden, rows)
 
     def _look(self, inputs):
         patches = paddle.concat([patches for patches, _ in self._pictures]) if self._pictures else None

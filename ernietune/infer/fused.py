@@ -25,8 +25,8 @@ from ernietune.models.moe import ExpertPool, MoE
 from ernietune.models.packed import PackedExperts, PackedLinear
 
 _MOST_ROWS = 32  # more are better off as large products
-# The C reads the keys of a sequence anew for each of its tokens, `cached_attention` for all of them at once.
-# So many products of a query's numbers with keys take about as long as the calls of one layer.
+# The C reads the keys of a sequence for sixteen queries at a time, `cached_attention` for 64 of them. So many
+# products of a query's numbers with keys take about as long as the calls of one layer.
 _MOST_PRODUCTS = 1 << 24
 
 

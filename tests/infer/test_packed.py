@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -90,19 +91,42 @@ def test_a_fused_step_is_the_step_of_the_layers(folders: dict[str, Path], shape:
     config = ModelConfig.from_folder(folders[shape])
     model, _ = load_packed(folders[shape], SCHEMES[scheme], config)
     model.eval()
-    runs = []
+    news = [(1, 0, 0), (0, 20, 0), (0, 0, 27), (1, 1, 1), (3, 1, 7), (1, 2, 1)]
+    one, other = (steps(engine, news, 64) for engine in with_and_without_c(model, 64))
+    assert relative_error(one, other) < (1e-2 if scheme in ("wint4", "mixed") else 1e-4)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(10, 2, 40), (16, 2, 16), (4, 4, 64), (3, 1, 128)])
+def test_a_fused_step_of_several_tokens_over_many_keys(heads: int, kv_heads: int, width: int) -> None:
+    """More keys and more queries than the C holds at a time, and every kind of neighbour in the step."""
+    changes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": width}
+    plain = tiny.model("tiny-dense", **changes)
+    model = CausalLM(plain.config)
+    convert(model, SCHEMES["bfloat16"])
+    for path, layer in packed_layers(model):
+        source = plain.model.embed_tokens if path == "lm_head" else dict(plain.named_sublayers())[path]
+        layer.take(source.weight.astype("bfloat16"))
+    for name, tensor in model.state_dict().items():
+        tensor.set_value(plain.state_dict()[name])
+    model.eval()
+    news = [(30, 1, 1)] * 6 + [(1, 1, 1), (2, 17, 5), (1, 29, 1)]
+    one, other = (steps(engine, news, 256) for engine in with_and_without_c(model, 256))
+    assert relative_error(one, other) < 1e-4
+
+
+def with_and_without_c(model: CausalLM, room: int) -> Iterator[Engine]:
+    """An engine that takes the fused steps, and one that does not."""
     for fused in (True, False):
-        engine = Engine(model, ByteTokenizer(), PlainTemplate(), max_length=64)  # type: ignore[arg-type]
+        engine = Engine(model, ByteTokenizer(), PlainTemplate(), max_length=room)  # type: ignore[arg-type]
         runner = engine._loop.core.runner
         assert runner._fused is not None
         if not fused:
             runner._fused = None
-        runs.append(steps(engine))
-    assert relative_error(runs[0], runs[1]) < (1e-2 if scheme in ("wint4", "mixed") else 1e-4)
+        yield engine
 
 
-def steps(engine: Engine) -> np.ndarray:
-    """Logits of three sequences of unlike lengths, with a prompt and three steps of a few tokens each."""
+def steps(engine: Engine, steps_of_news: Sequence[Sequence[int]], room: int) -> np.ndarray:
+    """Logits of three sequences; each step says how many tokens each of them reads."""
     runner, model, found = engine._loop.core.runner, engine.model, []
 
     def forward(ids: np.ndarray, positions: np.ndarray, spans: list[Span]) -> None:
@@ -117,8 +141,9 @@ def steps(engine: Engine) -> np.ndarray:
                 hidden = model(inputs, runner._cache.step(spans))
             found.append(model.logits(hidden).numpy())
 
-    slots, lengths = [np.arange(64)[::-1] + 64 * i for i in range(3)], [0, 0, 0]
-    for news in ((1, 0, 0), (0, 20, 0), (0, 0, 27), (1, 1, 1), (3, 1, 7), (1, 2, 1)):
+    ids = np.random.default_rng(1).integers(10, 200, room)
+    slots, lengths = [np.arange(room)[::-1] + room * i for i in range(3)], [0, 0, 0]
+    for news in steps_of_news:
         spans, places = [], []
         for sequence, new in enumerate(news):
             if new:
@@ -127,12 +152,12 @@ def steps(engine: Engine) -> np.ndarray:
                 spans.append(Span(len(places), len(places) + new, seen))
                 places += range(lengths[sequence] - new, lengths[sequence])
         at = np.array(places)
-        forward(prompt()[at], at[:, None].repeat(3, 1), spans)
+        forward(ids[at], at[:, None].repeat(3, 1), spans)
     return np.concatenate(found)
 
 
 def test_a_long_past_is_read_once_for_all_tokens(folders: dict[str, Path]) -> None:
-    """The C reads a sequence's keys for each of its tokens: one token, or few pairs of tokens and keys."""
+    """The C reads keys again for every few tokens: it is for one token, or few pairs of tokens and keys."""
     engine = Engine.load(folders["tiny-moe"], max_length=64)
     fused = engine._loop.core.runner._fused
     assert fused is not None

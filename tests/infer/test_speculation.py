@@ -146,7 +146,8 @@ class RowByRow(fakes.ScriptedModel):
     def __call__(self, inputs, cache):
         super().__call__(inputs, cache)
         rows = [place for span in cache.spans for place in range(span.first, span.length)]
-        return paddle.to_tensor(rows, "float32").reshape([-1, 1]) + (1 - self.prompt)
+        hidden = paddle.to_tensor(rows, "float32").reshape([-1, 1]) + (1 - self.prompt)
+        return self.asked_for(inputs, hidden)
 
 
 def test_a_guess_behind_the_end_is_not_said() -> None:

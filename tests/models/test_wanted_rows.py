@@ -1,4 +1,4 @@
-"""Hidden states of some rows alone: the same numbers, and nothing computed for the others behind the last attention."""
+"""Hidden states of some rows alone: the same numbers, with nothing computed for the others at the end."""
 
 from __future__ import annotations
 

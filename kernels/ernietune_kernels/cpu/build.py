@@ -13,7 +13,7 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 _SOURCES = (
-    *("linear.c", "tiles.c", "digits.c", "convert.c", "decode.c"),
+    *("linear.c", "tiles.c", "digits.c", "convert.c", "decode.c", "sequence.c"),
     *("attention.c", "lowrank.c", "pointwise.c"),
 )
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-std=gnu11")

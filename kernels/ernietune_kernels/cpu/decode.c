@@ -3,11 +3,11 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "sequence.h"
 #include "vector.h"
 
 #define KEYS 128 /* keys whose scores are held at a time */
 #define GROUP 16 /* query heads that read a key together at most */
-#define WIDEST 256 /* head_dim at most */
 
 /* e^x to about 1e-7 relative, for x <= 0 or small; written so that the compiler makes vectors of it. */
 INLINE float exponential(float x) {
@@ -66,6 +66,7 @@ typedef struct {
     const Step *step;
     const float *q;
     float *output;
+    int64_t first, rows; /* of the step: those of this call */
     int64_t parts, part; /* of the query heads that share keys: how many parts, how large */
 } Attention;
 
@@ -111,19 +112,69 @@ static void attend_some(const void *context, int64_t begin, int64_t end) {
     const Decoder *d = a->decoder;
     int64_t repeat = d->heads / d->kv_heads, per_row = d->kv_heads * a->parts;
     for (int64_t i = begin; i < end; i++) {
-        int64_t group = i % per_row / a->parts, low = i % a->parts * a->part;
+        int64_t row = a->first + i / per_row, group = i % per_row / a->parts, low = i % a->parts * a->part;
         int64_t heads = repeat - low < a->part ? repeat - low : a->part;
-        if (heads > 0) attend(a, i / per_row, group * repeat + low, heads);
+        if (heads > 0) attend(a, row, group * repeat + low, heads);
     }
 }
 
-static void attention(const Decoder *d, const Layer *layer, const Step *step, const float *q, float *output) {
-    int64_t repeat = d->heads / d->kv_heads, tasks = step->rows * d->kv_heads;
+/* Rows with a sequence each, from `first` on. */
+static void attend_rows(Attention a, int64_t first, int64_t rows) {
+    const Decoder *d = a.decoder;
+    int64_t repeat = d->heads / d->kv_heads, tasks = rows * d->kv_heads;
     int64_t parts = (thread_count() + tasks - 1) / tasks;
     if (parts < (repeat + GROUP - 1) / GROUP) parts = (repeat + GROUP - 1) / GROUP;
     if (parts > repeat) parts = repeat;
-    Attention a = {d, layer, step, q, output, parts, (repeat + parts - 1) / parts};
+    a.first = first, a.parts = parts, a.part = (repeat + parts - 1) / parts;
     for_all(attend_some, &a, tasks * parts, 1);
+}
+
+static Sequence sequence_of(const Attention *a, int64_t group) {
+    const Decoder *d = a->decoder;
+    const Step *step = a->step;
+    int64_t repeat = d->heads / d->kv_heads, last = a->first + a->rows - 1, stride = d->heads * d->head_dim;
+    int64_t at = group * d->slots * d->head_dim, place = a->first * stride + group * repeat * d->head_dim;
+    const int64_t *slots = step->seen + step->starts[last];
+    return (Sequence){a->q + place, a->layer->keys + at, a->layer->values + at, a->output + place, slots,
+                      step->starts[last + 1] - step->starts[last], a->rows, repeat, d->head_dim, stride};
+}
+
+static void attend_lanes(const void *context, int64_t begin, int64_t end) {
+    const Attention *a = context;
+    for (int64_t i = begin; i < end; i++) {
+        Sequence sequence = sequence_of(a, i / a->parts);
+        attend_sequence(&sequence, i % a->parts * LANES);
+    }
+}
+
+/* How many rows from `row` on are neighbours in one sequence: each sees the last key of the one before, which no other
+   sequence has, and one more. */
+static int64_t neighbours(const Step *step, int64_t row) {
+    const int64_t *starts = step->starts;
+    int64_t last = row;
+    for (; last + 1 < step->rows; last++) {
+        int64_t length = starts[last + 1] - starts[last];
+        if (starts[last + 2] - starts[last + 1] != length + 1) break;
+        if (step->seen[starts[last + 1] + length - 1] != step->seen[starts[last + 1] - 1]) break;
+    }
+    return last - row + 1;
+}
+
+static void attention(const Decoder *d, const Layer *layer, const Step *step, const float *q, float *output) {
+    Attention a = {.decoder = d, .layer = layer, .step = step, .q = q, .output = output};
+    int64_t repeat = d->heads / d->kv_heads, alone = 0; /* rows before this one that wait to be attended together */
+    for (int64_t row = 0; row < step->rows; row += a.rows) {
+        a.rows = neighbours(step, row);
+        if (a.rows == 1 || a.rows * repeat < LANES / 2) {
+            alone += a.rows;
+            continue;
+        }
+        if (alone) attend_rows(a, row - alone, alone);
+        alone = 0;
+        a.first = row, a.parts = (a.rows * repeat + LANES - 1) / LANES;
+        for_all(attend_lanes, &a, d->kv_heads * a.parts, 1);
+    }
+    if (alone) attend_rows(a, step->rows - alone, alone);
 }
 
 static void keep(const Decoder *d, const Layer *layer, const Step *step, const float *k, const float *v) {
