@@ -242,13 +242,14 @@ static void prepare(const Job *jobs, int64_t count, Prepared *prepared, char *ro
     }
 }
 
-/* How many rows of weights a thread takes at a time: enough for its look-ahead, few enough for all to end together. */
+/* How many rows of weights a thread takes at a time: few enough for all to end together, and otherwise as many as can
+   be, since a thread's look-ahead starts anew with each piece (64 KiB instead of 4 MiB cost a fifth of the speed). */
 static int64_t chunk_of(int64_t rows, int64_t bytes, int tiled) {
     if (tiled) { /* whole panels; each piece reads all tiles of x again */
         int64_t even = (rows / (4 * threads) + 63) / 64 * 64;
         return even < 128 ? 128 : even < COLUMNS ? even : COLUMNS;
     }
-    int64_t chunk = (64 << 10) / (bytes / (rows ? rows : 1) + 1), even = rows / (4 * threads) + 1;
+    int64_t chunk = (4 << 20) / (bytes / (rows ? rows : 1) + 1), even = rows / (4 * threads) + 1;
     return chunk < 8 ? 8 : chunk < even ? chunk : even;
 }
 
