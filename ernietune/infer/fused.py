@@ -2,8 +2,8 @@
 
 A step takes some sixty small operations a layer; called one by one they cost as much as the int8 weights
 take to read. So one token of each sequence, the end of a prompt whose beginning is cached and guesses to
-check all go through C. The layers' own `forward` stays the truth, and the way for everything else: long
-prompts, pictures, adapters, fp32 weights.
+check all go through C; where the processor has tiles, prompts of a few hundred tokens too. The layers' own
+`forward` stays the truth, and the way for everything else: long prompts, pictures, adapters, fp32 weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from ernietune.models.layers import SwiGLU
 from ernietune.models.moe import ExpertPool, MoE
 from ernietune.models.packed import PackedExperts, PackedLinear
 
-_MOST_ROWS = 32  # more are better off as large products
+_FEW_ROWS = 32  # more are better off as large products, where the C has none
+_MANY_ROWS = 512
+_MOST_PAIRS = 1 << 18  # of many rows and the keys that they see: each pair is in a list
 # The C reads the keys of a sequence for sixteen queries at a time, `cached_attention` for 64 of them. So many
 # products of a query's numbers with keys take about as long as the calls of one layer.
 _MOST_PRODUCTS = 1 << 24
@@ -65,18 +67,30 @@ class FusedDecoder:
 
     def suits(self, spans: Sequence[Span]) -> bool:
         """Whether this is the faster way to read text tokens of so many sequences."""
-        rows = [span.stop - span.start for span in spans]
-        pairs = sum(count * span.length for count, span in zip(rows, spans, strict=True) if count > 1)
-        return sum(rows) <= _MOST_ROWS and pairs * self._width <= _MOST_PRODUCTS
+        seen = [(span.stop - span.start, span.length) for span in spans]
+        rows = sum(count for count, _ in seen)
+        if rows <= _FEW_ROWS:
+            again = sum(count * length for count, length in seen if count > 1)
+            return again * self._width <= _MOST_PRODUCTS
+        many = self._decode.library.takes_many_rows and rows <= _MANY_ROWS
+        return many and sum(count * length for count, length in seen) <= _MOST_PAIRS
 
-    def forward(self, ids: NDArray[np.int64], positions: NDArray[np.int64], spans: Sequence[Span]) -> Tensor:
-        """Hidden states [rows, H] of the text tokens of these spans, whose keys and values are kept."""
+    def forward(
+        self,
+        ids: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        spans: Sequence[Span],
+        wanted: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Hidden states [rows, H] of the text tokens of these spans, whose keys and values are kept.
+
+        Of the wanted rows, which rise, alone, where they are given.
+        """
         x = self._model.model.embed_tokens(paddle.to_tensor(ids)).contiguous()
         cos, sin = self._model.rotary(paddle.to_tensor(positions))
-        self._decode.step(
-            x, cos.contiguous(), sin.contiguous(), [slots for span in spans for slots in _seen(span)]
-        )
-        return x
+        slots = [slots for span in spans for slots in _seen(span)]
+        self._decode.step(x, cos.contiguous(), sin.contiguous(), slots, wanted)
+        return x if wanted is None else x[: len(wanted)]
 
 
 def _seen(span: Span) -> list[NDArray[np.int64]]:

@@ -49,8 +49,7 @@ class Runner:
         spans, fused = self._spans(chunks), self._fused
         with paddle.no_grad():
             if fused is not None and _bare_text(chunks, is_vision) and fused.suits(spans):
-                hidden = fused.forward(ids, positions, spans)
-                return hidden if wanted is None else _rows_of(hidden, wanted)
+                return fused.forward(ids, positions, spans, wanted)
             features, rows = self._picture_features(chunks)
             inputs = Inputs(
                 ids=paddle.to_tensor(ids),

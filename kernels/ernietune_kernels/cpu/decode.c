@@ -47,8 +47,20 @@ static void rms_norm(const float *x, const float *weight, float epsilon, int64_t
     }
 }
 
+typedef struct {
+    float *gate;
+    const float *up;
+} Gated;
+
+static void swiglu_some(const void *context, int64_t begin, int64_t end) {
+    float *gate = ((const Gated *)context)->gate;
+    const float *up = ((const Gated *)context)->up;
+    for (int64_t i = begin; i < end; i++) gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+}
+
 static void swiglu(float *gate, const float *up, int64_t count) {
-    for (int64_t i = 0; i < count; i++) gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+    Gated gated = {gate, up};
+    for_all(swiglu_some, &gated, count, 1 << 15);
 }
 
 static void rotate(float *x, int64_t heads, int64_t width, const float *cos, const float *sin) {
@@ -329,25 +341,35 @@ static int take_routed(const Decoder *d, int64_t rows, Routed *room) {
     return 0;
 }
 
+/* Behind the last attention a row needs no other: only the wanted ones go on. */
+static void keep_wanted(Step *step, int64_t hidden) {
+    if (!step->wanted) return;
+    for (int64_t i = 0; i < step->wanted_rows; i++)
+        memmove(step->x + i * hidden, step->x + step->wanted[i] * hidden, (size_t)hidden * sizeof(float));
+    step->rows = step->wanted_rows;
+}
+
 /* Run the layers; 0, or -1 when there is no memory. */
-int ernie_decode(const Decoder *d, const Step *step) {
+int ernie_decode(const Decoder *d, const Step *given) {
+    Step step = *given;
     int64_t wide = 2 * (d->heads + d->kv_heads) * d->head_dim, hidden = d->hidden;
     for (int64_t i = 0; i < d->count; i++) wide = larger(wide, 2 * d->layers[i].gate.out);
-    float *room = malloc((size_t)(step->rows * (wide + 2 * hidden)) * sizeof(float));
-    float *normed = room + step->rows * wide, *result = normed + step->rows * hidden;
+    float *room = malloc((size_t)(step.rows * (wide + 2 * hidden)) * sizeof(float));
+    float *normed = room + step.rows * wide, *result = normed + step.rows * hidden;
     Routed routed;
-    int failed = take_routed(d, step->rows, &routed) || !room;
+    int failed = take_routed(d, step.rows, &routed) || !room;
     for (int64_t i = 0; i < d->count && !failed; i++) {
         const Layer *layer = d->layers + i;
-        rms_norm(step->x, layer->input_norm, d->epsilon, step->rows, hidden, normed);
-        failed = attention_block(d, layer, step, normed, room, result);
+        rms_norm(step.x, layer->input_norm, d->epsilon, step.rows, hidden, normed);
+        failed = attention_block(d, layer, &step, normed, room, result);
         if (failed) break;
-        rms_norm(step->x, layer->middle_norm, d->epsilon, step->rows, hidden, normed);
-        failed = mlp_block(d, layer, step, normed, room, &routed, result);
+        if (i + 1 == d->count) keep_wanted(&step, hidden);
+        rms_norm(step.x, layer->middle_norm, d->epsilon, step.rows, hidden, normed);
+        failed = mlp_block(d, layer, &step, normed, room, &routed, result);
     }
     if (!failed) {
-        rms_norm(step->x, d->norm, d->epsilon, step->rows, hidden, normed);
-        memcpy(step->x, normed, (size_t)(step->rows * hidden) * sizeof(float));
+        rms_norm(step.x, d->norm, d->epsilon, step.rows, hidden, normed);
+        memcpy(step.x, normed, (size_t)(step.rows * hidden) * sizeof(float));
     }
     free(routed.x), free(routed.pairs), free(routed.jobs), free(room);
     return failed ? -1 : 0;

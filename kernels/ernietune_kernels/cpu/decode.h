@@ -20,10 +20,11 @@ typedef struct {
 } Decoder;
 
 /* `seen` lists each row's slots, those of row r from starts[r] to starts[r + 1], the new token's last.
-   x [rows, hidden]: embeddings in, normed hidden states out. cos, sin [rows, head_dim / 2]. */
+   x [rows, hidden]: embeddings in, normed hidden states out: of all rows, or of the wanted ones, at the beginning of x.
+   cos, sin [rows, head_dim / 2]; wanted: rows in rising order, NULL: all. */
 typedef struct {
     float *x;
     const float *cos, *sin;
-    const int64_t *seen, *starts;
-    int64_t rows;
+    const int64_t *seen, *starts, *wanted;
+    int64_t rows, wanted_rows;
 } Step;

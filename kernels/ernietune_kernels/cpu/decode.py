@@ -84,8 +84,9 @@ class _Step(Structure):
     """`Step` of decode.h."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("x", "cos", "sin", "seen", "starts")),
+        *((name, c_void_p) for name in ("x", "cos", "sin", "seen", "starts", "wanted")),
         ("rows", c_int64),
+        ("wanted_rows", c_int64),
     ]
 
 
@@ -103,7 +104,7 @@ class Decode:
         """`cache` is fp32 [layers, 2, kv_heads, slots, head_dim]: keys, then values."""
         assert cache.flags.c_contiguous, "the cache has to be one block"
         assert geometry.head_dim <= WIDEST_HEAD, geometry
-        self._library, self._kept = library, (tuple(layers), norm, cache)
+        self.library, self._kept = library, (tuple(layers), norm, cache)
         structures = (_Layer * len(layers))(
             *(_layer(layer, kv) for layer, kv in zip(layers, cache, strict=True))
         )
@@ -119,18 +120,29 @@ class Decode:
             geometry.epsilon,
         )
 
-    def step(self, x: Tensor, cos: Tensor, sin: Tensor, slots: Sequence[np.ndarray]) -> None:
+    def step(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Sequence[np.ndarray],
+        wanted: Sequence[int] | None = None,
+    ) -> None:
         """Replace the embeddings x fp32 [rows, hidden] by the hidden states after the final norm.
 
         cos, sin fp32 [rows, head_dim / 2]; slots: where each row's tokens are, the new one, which is stored
-        now, last. MemoryError when there is none for the activations.
+        now, last. The hidden states of wanted rows, in rising order, come first; those behind them mean
+        nothing then. MemoryError when there is none for the activations.
         """
         seen = np.concatenate(slots).astype(np.int64, copy=False)
         starts = np.cumsum([0, *(len(s) for s in slots)], dtype=np.int64)
+        rows = np.array(wanted or (), np.int64)
+        assert (np.diff(rows) > 0).all(), wanted
         step = _Step(
-            x.data_ptr(), cos.data_ptr(), sin.data_ptr(), seen.ctypes.data, starts.ctypes.data, len(slots)
+            *(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), seen.ctypes.data, starts.ctypes.data),
+            *(rows.ctypes.data if rows.size else None, len(slots), rows.size),
         )
-        if self._library.c.ernie_decode(byref(self._decoder), byref(step)):
+        if self.library.c.ernie_decode(byref(self._decoder), byref(step)):
             raise MemoryError("no memory for the activations of one step")
 
 

@@ -72,8 +72,9 @@ void attend_sequence(const Sequence *s, int64_t first) {
     Lanes lanes;
     V scores[KEYS];
     load_lanes(s, first, &lanes);
-    for (int64_t begin = 0; begin < s->length; begin += KEYS) {
-        int64_t count = s->length - begin < KEYS ? s->length - begin : KEYS, i = 0;
+    int64_t end = lanes.last[lanes.count - 1] + 1; /* that of the last row, which sees most */
+    for (int64_t begin = 0; begin < end; begin += KEYS) {
+        int64_t count = end - begin < KEYS ? end - begin : KEYS, i = 0;
         score(s, &lanes, begin, count, scores);
         weigh(&lanes, count, scores, s->width);
         for (; i + NUMBERS <= s->width; i += NUMBERS) add_numbers(s, &lanes, NUMBERS, i, begin, count, scores);
