@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-from gpu_targets import BESIDE, MEMORY, SHARE, TARGETS, Target, verdicts
+from benchmarks.gpu_targets import BESIDE, MEMORY, SHARE, TARGETS, Target, verdicts
 
 
 @dataclass
