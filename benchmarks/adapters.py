@@ -66,7 +66,7 @@ def milliseconds_per_step(engine: Engine, load: Load, users: list[str | None]) -
     arrived: queue.SimpleQueue[Delta | BaseException] = queue.SimpleQueue()
     steps, started = engine.stats().steps, time.process_time()
     for request in requests:
-        engine.submit(request, params, arrived.put)
+        engine.run(request, params, arrived.put).start()
     left = len(requests)
     while left:
         item = arrived.get()

@@ -220,18 +220,6 @@ class Engine:
         """
         return Run(self._loop, self._ticket(request, params, deliver, priority))
 
-    def submit(
-        self,
-        request: Request,
-        params: SamplingParams,
-        deliver: Callable[[Delta | BaseException], None],
-        priority: int = 0,
-    ) -> Callable[[], None]:
-        """Start a request as `run` describes it; return the function that cancels it."""
-        run = self.run(request, params, deliver, priority)
-        run.start()
-        return run.cancel
-
     def stream(
         self, request: Request, params: SamplingParams, priority: int = 0
     ) -> Generator[Delta, None, None]:

@@ -114,10 +114,12 @@ def run(
     """All at once; those in `cancel` are given up after their third token. `begun` is called with each."""
     answers = [Answer() for _ in asked]
     arrived: queue.SimpleQueue = queue.SimpleQueue()
-    stop = [
-        engine.submit(request, params, lambda item, i=i: arrived.put((i, item)), priority=i % 2)
+    runs = [
+        engine.run(request, params, lambda item, i=i: arrived.put((i, item)), priority=i % 2)
         for i, (request, params) in enumerate(asked)
     ]
+    for run in runs:
+        run.start()
     while not all(answer.finished for i, answer in enumerate(answers) if i not in cancel):
         i, item = arrived.get(timeout=30)
         if isinstance(item, BaseException):
@@ -125,9 +127,9 @@ def run(
         begun()
         answers[i].take(item)
         if i in cancel and len(answers[i].ids) == 3:
-            stop[i]()
+            runs[i].cancel()
     for number in cancel:
-        stop[number]()
+        runs[number].cancel()
     while engine.stats().running or engine.stats().waiting:
         time.sleep(0.005)
     return answers

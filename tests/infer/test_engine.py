@@ -299,17 +299,18 @@ def test_cancelling_frees_the_blocks_before_the_next_step() -> None:
     spoken.model.stepwise = True
     request = spoken.prepare(ask("?"))
     arrived: list[Delta] = []
-    cancel = spoken.submit(request, SamplingParams(temperature=0.0), arrived.append)
+    run = spoken.run(request, SamplingParams(temperature=0.0), arrived.append)
+    run.start()
     for _ in range(2):
         spoken.model.steps.release()
     wait_until(lambda: len(arrived) == 2)
-    cancel()  # while the third step is under way
+    run.cancel()  # while the third step is under way
     assert spoken.stats().running == 1
     spoken.model.steps.release()
     wait_until(lambda: spoken.stats().running == 0)
     assert len(spoken.model.seen) <= 3
     assert spoken.stats().free_blocks == spoken.stats().blocks
-    cancel()  # again: nothing happens
+    run.cancel()  # again: nothing happens
 
 
 def test_the_urgent_go_first() -> None:
@@ -322,7 +323,7 @@ def test_the_urgent_go_first() -> None:
         return lambda delta: order.append(name) if delta.finish_reason else None
 
     for name, priority in (("first", 0), ("late", 1), ("second", 0), ("urgent", -1)):
-        spoken.submit(request, GREEDY, note(name), priority)
+        spoken.run(request, GREEDY, note(name), priority).start()
     for _ in range(20):
         spoken.model.steps.release()
     wait_until(lambda: len(order) == 4)

@@ -3,6 +3,7 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "pointwise.h"
 #include "sequence.h"
 #include "vector.h"
 
@@ -47,20 +48,9 @@ static void rms_norm(const float *x, const float *weight, float epsilon, int64_t
     }
 }
 
-typedef struct {
-    float *gate;
-    const float *up;
-} Gated;
-
-static void swiglu_some(const void *context, int64_t begin, int64_t end) {
-    float *gate = ((const Gated *)context)->gate;
-    const float *up = ((const Gated *)context)->up;
-    for (int64_t i = begin; i < end; i++) gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
-}
-
 static void swiglu(float *gate, const float *up, int64_t count) {
-    Gated gated = {gate, up};
-    for_all(swiglu_some, &gated, count, 1 << 15);
+    Swiglu in_place = {.gate = gate, .up = up, .y = gate, .count = count};
+    ernie_swiglu(&in_place);
 }
 
 static void rotate(float *x, int64_t heads, int64_t width, const float *cos, const float *sin) {

@@ -1,4 +1,6 @@
 /* Norm, activation and rotation of a training step, forward and backward, in one pass over memory each. */
+#include "pointwise.h"
+
 #include <math.h>
 
 #include "linear.h"
@@ -43,15 +45,6 @@ static void norm_back_some(const void *context, int64_t begin, int64_t end) {
 }
 
 void ernie_rms_norm_back(const Norm *norm) { for_all(norm_back_some, norm, norm->rows, rows_of_a_task(norm->width)); }
-
-/* y = silu(gate) * up; backward: grad_gate and grad_up from the gradient of y. */
-typedef struct {
-    const float *gate, *up;
-    float *y;
-    const float *gradient;
-    float *grad_gate, *grad_up;
-    int64_t count;
-} Swiglu;
 
 static void swiglu_some(const void *context, int64_t begin, int64_t end) {
     const Swiglu *s = context;
